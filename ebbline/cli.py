@@ -138,19 +138,33 @@ def validate(study: StudyName, as_json: JsonOption = False) -> None:
 def pin(
     study: StudyName,
     to: Annotated[
-        Path, typer.Option("--to", help="Where to write the pinned study file.", show_default=False)
-    ],
+        Path | None,
+        typer.Option("--to", help="Where to write the pinned study file.", show_default=False),
+    ] = None,
+    update: Annotated[
+        bool,
+        typer.Option(
+            "--update",
+            help="Pin files that changed anew: in the file at --to, or in the study file itself.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Copy a study file and fill in the commit and sha256 of every model and data set it names."""
     from ebbline.sweeps.study.pins import pin_study
+    from ebbline.sweeps.study.study_file import shipped, source_of
 
-    pins = []
-    for line in pin_study(study, to):
+    if to is None and (not update or study in shipped()):
+        raise typer.BadParameter("give --to FILE, or --update for a study file of your own")
+    to, pins = source_of(study) if to is None else to, []
+    for line in pin_study(study, to, update):
         pins.append(line)
         print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
     if as_json:
         print(json.dumps({"wrote": str(to), "pins": pins}, indent=1))
+        return
+    if update and not pins:
+        print(f"every pin of {to} fits its content; nothing was changed")
         return
     print(f"wrote {to}; next: ebbline validate {to}")
 
@@ -211,6 +225,14 @@ def plan(
 def run(
     context: typer.Context,
     study: StudyName,
+    points: Annotated[
+        list[int] | None,
+        typer.Argument(
+            metavar="[POINT]...",
+            help="With --retry: the numbers of the points to try again; default: all that failed.",
+            show_default=False,
+        ),
+    ] = None,
     home: HomeOption = DEFAULT_HOME,
     executor: Annotated[
         Literal[EXECUTOR_NAMES],  # type: ignore[valid-type]  # as the table has them
@@ -238,6 +260,18 @@ def run(
             help="Accept a file with more points, axis values, seeds or a further size.",
         ),
     ] = False,
+    change: Annotated[
+        bool,
+        typer.Option(
+            "--change",
+            help="Accept also another suite, limit or content of a file; what it concerns runs "
+            "again for existing points.",
+        ),
+    ] = False,
+    retry: Annotated[
+        bool,
+        typer.Option("--retry", help="Try failed points again, after their cause was mended."),
+    ] = False,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print one JSON object at the end; the rest to stderr."),
@@ -253,9 +287,12 @@ def run(
     from ebbline.commands.run import Place, run_study
     from ebbline.sweeps.study.view import StudyView
 
-    view = StudyView.open(home, study, extend)
+    if points and not retry:
+        raise typer.BadParameter("numbers of points need --retry")
+    view = StudyView.open(home, study, extend, change)
     place = Place(executor, address or view.home.profile.address, gpus)
-    raise typer.Exit(run_study(view, place, wandb, as_typed(context), as_json, wide))
+    again = (points or None) if retry else ()
+    raise typer.Exit(run_study(view, place, wandb, as_typed(context), as_json, wide, again))
 
 
 app.add_typer(slurm_app)

@@ -24,7 +24,7 @@ OUTCOME_PANEL = "Its outcome"
 TOOL_PANEL = "Single tools, without a study"
 UPKEEP_PANEL = "Upkeep"
 # Exit codes of EXIT_CODES. LOST is EX_TEMPFAIL of sysexits.h: trying again may succeed.
-FAILED_POINTS, HELD, OVER_BUDGET, LOST, STOPPED = 3, 4, 5, 75, 130
+FAILED_POINTS, HELD, OVER_BUDGET, OUTPUT_MISSING, LOST, STOPPED = 3, 4, 5, 6, 75, 130
 
 
 def complete_study(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
@@ -72,6 +72,7 @@ EXIT_CODES = (
     f"Exit codes: 0 done; 1 an error that the message explains; 2 wrong usage; {FAILED_POINTS} "
     f"done, but points have no result; {HELD} another driver has the study; {OVER_BUDGET} the "
     "study's budget stopped it (raise it and run the same command to continue); "
+    f"{OUTPUT_MISSING} done, but an output could not be made (`ebbline report` tries again); "
     f"{LOST} the cluster or the database was lost (run the same command to continue); "
     f"{STOPPED} stopped on request (run the same command to continue)."
 )

@@ -10,7 +10,9 @@ import typer
 
 from ebbline.options import (
     DEFAULT_HOME,
+    EXIT_CODES,
     OUTCOME_PANEL,
+    OUTPUT_MISSING,
     STUDY_PANEL,
     HomeOption,
     JsonOption,
@@ -48,7 +50,7 @@ def status(
     from ebbline.commands.status import show_status, watch_status
     from ebbline.sweeps.study.view import StudyView
 
-    (watch_status if watch else show_status)(StudyView.open(home, study), as_json, wide)
+    (watch_status if watch else show_status)(StudyView.begun(home, study), as_json, wide)
 
 
 @outcome_app.command(rich_help_panel=STUDY_PANEL, short_help="Show it live in a browser")
@@ -72,23 +74,27 @@ def dashboard(
     from ebbline.analysis.dashboard.server import show
     from ebbline.sweeps.study.view import StudyView
 
-    show(StudyView.open(home, study), port, browser)
+    show(StudyView.begun(home, study), port, browser)
 
 
 @outcome_app.command(
     rich_help_panel=OUTCOME_PANEL,
     short_help="Write the tables, figures and report of what is there",
+    epilog=EXIT_CODES,
 )
 @explained
 def report(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     """Write the tables, the figures and the report of a study's results so far."""
     from ebbline.analysis.results.collect import collect
-    from ebbline.outputs import print_outputs, write_outputs
+    from ebbline.outputs import attempts_of, print_outputs, write_outputs
     from ebbline.sweeps.study.view import StudyView
 
-    view = StudyView.open(home, study)
+    view = StudyView.begun(home, study)
     view.home.require(view.study.study)
-    print_outputs(write_outputs(view, collect(view)), as_json)
+    attempts = attempts_of(view)
+    print_outputs(write_outputs(view, collect(view), attempts), as_json, attempts)
+    if attempts.failed:
+        raise typer.Exit(OUTPUT_MISSING)
 
 
 @outcome_app.command(
@@ -214,7 +220,7 @@ def papers(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOptio
     from ebbline.commands.papers import show_papers
     from ebbline.sweeps.study.view import StudyView
 
-    show_papers(StudyView.open(home, study), as_json)
+    show_papers(StudyView.begun(home, study), as_json)
 
 
 @outcome_app.command(
@@ -253,7 +259,7 @@ def export(
         raise typer.BadParameter(
             "give STUDY and --to DIR, or --check BUNDLE alone (both accept --home)"
         )
-    exporting.export_study(StudyView.open(home, study), to, style, as_json)
+    exporting.export_study(StudyView.begun(home, study), to, style, as_json)
 
 
 @outcome_app.command(
@@ -275,7 +281,7 @@ def sync(
     from ebbline.commands.wandb import sync_study
     from ebbline.sweeps.study.view import StudyView
 
-    raise typer.Exit(sync_study(StudyView.open(home, study), at_once, as_json))
+    raise typer.Exit(sync_study(StudyView.begun(home, study), at_once, as_json))
 
 
 @outcome_app.command(
@@ -301,4 +307,4 @@ def wandb_workspace(
     from ebbline.commands.wandb import make_workspace
     from ebbline.sweeps.study.view import StudyView
 
-    make_workspace(StudyView.open(home, study), entity, as_json)
+    make_workspace(StudyView.begun(home, study), entity, as_json)

@@ -1,11 +1,16 @@
-"""A study's outputs beside its store: tables, figures and the report of its results so far."""
+"""A study's outputs beside its store: tables, figures and the report of its results so far.
+
+Invariant: the tables are written first, and no output takes another with it.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from ebbline.analysis.figures.drawing import save
 from ebbline.analysis.figures.projection import projection_figures
+from ebbline.analysis.report.attempts import LOG, Attempts
 from ebbline.analysis.report.findings import figures_of, findings
 from ebbline.analysis.report.provenance import provenance
 from ebbline.analysis.report.report import write_report
@@ -19,6 +24,7 @@ from ebbline.analysis.results.collect import (
     projections,
 )
 from ebbline.analysis.results.costs import cost_rows, prediction_rows
+from ebbline.analysis.results.measurements import NO_EVIDENCE
 from ebbline.analysis.results.tables import (
     categories_frame,
     results_frame,
@@ -33,42 +39,76 @@ from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.view import StudyView
 
 
-def write_outputs(view: StudyView, results: Sequence[Result]) -> dict[str, Path]:
-    """Write the tables, figures and report of `results`. Returns name -> path of each output."""
+def attempts_of(view: StudyView) -> Attempts:
+    """A new record of what could not be made of a study's outputs, with its log."""
+    return Attempts(view.folder / LOG)
+
+
+def write_outputs(
+    view: StudyView, results: Sequence[Result], attempts: Attempts | None = None
+) -> dict[str, Path]:
+    """Write the tables, then the figures and the report of `results`. Returns name -> path of each
+    output.
+
+    What fails is noted in `attempts`, and the other outputs are written.
+    """
     study, home, folder = view.study, view.home, view.folder
-    before = baselines(view)
-    _, table, frontier_csv = write_tables(
-        results_frame(results, study.objectives, home.profile), folder
+    attempts = attempts_of(view) if attempts is None else attempts
+    make, paths = attempts.make, dict[str, Path]()
+    tables = make(
+        "the tables",
+        lambda: write_tables(results_frame(results, study.objectives, home.profile), folder),
     )
-    outputs = {"results": table, "frontier": frontier_csv}
-    found = findings(study, results, before, StoredEvidence(view), chosen(results, folder))
-    drawn = figures_of(found)
-    saved = {name: save(each.figure, folder, name)[0] for name, each in drawn.items()}
-    outputs["figure"] = saved["frontier"]
-    projected = projections(study, results, home)
-    for name, figure in projection_figures(projected).items():
-        save(figure, folder, name)
-    outputs["categories"] = write_categories(
-        categories_frame(study, results, before, found.evidence), folder
+    if tables is not None:
+        _, paths["results"], paths["frontier"] = tables
+    before = make("the models before fine-tuning", lambda: baselines(view)) or {}
+    evidence = make("the samples", lambda: StoredEvidence(view)) or NO_EVIDENCE
+    picked = make("the recorded pick", lambda: chosen(results, folder)) or ()
+    found = findings(study, results, before, evidence, picked, attempts)
+    drawn = figures_of(found, attempts)
+    for name, each in drawn.items():
+        saved = make(f"the figure {name}", partial(save, each.figure, folder, name))
+        if saved is not None and name == "frontier":
+            paths["figure"] = saved[0]
+    projected = make("what was projected", lambda: projections(study, results, home)) or {}
+    maps = make("the figures of what was projected", lambda: projection_figures(projected)) or {}
+    for name, figure in maps.items():
+        make(f"the figure {name}", partial(save, figure, folder, name))
+    categories = make(
+        "the table by category",
+        lambda: write_categories(categories_frame(study, results, before, evidence), folder),
     )
-    artifacts = artifacts_behind(view, results)
-    cost, origin = (
-        _cost(view, results, artifacts),
-        provenance(view, results, artifacts).rows(),
+    if categories is not None:
+        paths["categories"] = categories
+    artifacts = make("the stages behind the results", lambda: artifacts_behind(view, results)) or []
+    cost = make("the costs", lambda: _cost(view, results, artifacts)) or {}
+    origin = make("the provenance", lambda: provenance(view, results, artifacts).rows()) or []
+    notes = make("the notes on adapters", lambda: adapter_notes(view, results)) or ()
+    report = make(
+        "the report",
+        lambda: write_report(
+            found, folder, cost, origin, projected, folder / f"{GANTT}.svg", drawn, notes, attempts
+        ),
     )
-    notes = adapter_notes(view, results)
-    outputs["report"] = write_report(
-        found, folder, cost, origin, projected, folder / f"{GANTT}.svg", drawn, notes
-    )
-    return outputs
+    if report is not None:
+        paths["report"] = report
+    return paths
 
 
-def print_outputs(outputs: Mapping[str, Path], as_json: bool = False) -> None:
+def print_outputs(
+    outputs: Mapping[str, Path], as_json: bool = False, attempts: Attempts | None = None
+) -> None:
+    """Print the path of each output, and a line for each part that could not be made."""
+    failed = {} if attempts is None else attempts.failed
     if as_json:
-        print(json.dumps({name: str(path) for name, path in outputs.items()}, indent=1))
+        found: dict[str, object] = {name: str(path) for name, path in outputs.items()}
+        print(json.dumps(found | ({"failed": failed} if failed else {}), indent=1))
         return
     for name, path in outputs.items():
         print(f"{name:10} {path}")
+    if attempts is not None and failed:
+        print(f"\n{chr(10).join(attempts.lines())}")
+        print(f"the reasons in full: {attempts.log}" if attempts.log is not None else "")
 
 
 def _cost(

@@ -36,10 +36,16 @@ class FrontierSoFar:
         self.aligned: Baselines = {}
         self.fronts: dict[str, list[Result]] = {}
         self._rest = deque[Result](maxlen=KEPT)
+        self._first: dict[tuple[str, int], int] = {}  # of equal points of a size, the first one
 
     def take(self, results: Sequence[Result]) -> None:
         for result in results:
-            if result.status == "done" and result.same_as is None:
+            first = result.number if result.same_as is None else result.same_as
+            of_size = (result.point.model, first)
+            if (
+                result.status == "done"
+                and self._first.setdefault(of_size, result.number) == result.number
+            ):
                 self._take(result)
 
     def _take(self, result: Result) -> None:

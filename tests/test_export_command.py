@@ -344,7 +344,8 @@ def test_an_export_that_fails_leaves_the_old_one_and_nothing_else(
         raise OSError("no space left on device")
 
     monkeypatch.setattr(export, "before_after_table", broken)
-    assert isinstance(ebbline("export", file, "--to", to, "--home", home.root).exception, OSError)
+    done = ebbline("export", file, "--to", to, "--home", home.root)
+    assert done.exit_code == 1 and "no space left on device" in plain(done.output)
     assert [path.name for path in tmp_path.iterdir()] == ["paper"] and folder_files(
         to
     ) == folder_files(exported)

@@ -251,6 +251,7 @@ def test_status_names_points_and_driver(run: Run, printed: dict[str, str]) -> No
         "failed": 0,
         "invalid": 0,
         "skipped": 0,
+        "outdated": 0,
     }
 
 

@@ -265,23 +265,29 @@ def test_gc_keeps_what_another_home_may_need(home: Home, tmp_path: Path) -> None
     assert files(home) == before
 
 
-def test_a_study_that_cannot_be_read_stops_gc_before_it_removes_anything(home: Home) -> None:
+def test_while_a_study_cannot_be_read_gc_removes_nothing_that_it_may_need(home: Home) -> None:
     orphan(home)
     aged(home)
     before = files(home)
-    (home.root / "studies" / "tiny" / "study.json").write_text("{")
-    done = store(home, "gc", "--yes")
-    assert (
-        done.exit_code == 1 and "study.json cannot be read" in done.stderr and files(home) == before
-    )
+    other = home.root / "studies" / "other"
+    other.mkdir()
+    (other / "study.json").write_text("{")
+    for keep in ("all", "none"):
+        done = store(home, "gc", "--yes", "--keep-adapters", keep)
+        assert done.exit_code == 0 and files(home) == before
+        assert "other/study.json cannot be read" in done.stderr and "stay" in done.stderr
+    usage = data(home, "du")
+    assert list(usage["studies"]) == ["tiny"] and list(usage["unknown"]) == ["other"]
 
 
-def test_a_study_whose_points_are_lost_stops_gc_before_it_removes_anything(home: Home) -> None:
-    before = files(home)
+def test_while_the_points_of_a_study_are_lost_gc_removes_nothing_that_it_may_need(
+    home: Home,
+) -> None:
     (home.root / "studies" / "tiny" / "results.parquet").write_text("a table that was written")
     (home.root / "studies" / "tiny" / "optuna.db").unlink()
+    before = files(home)
     done = store(home, "gc", "--yes")
-    assert done.exit_code == 1 and "has no points" in done.stderr and files(home) == before
+    assert done.exit_code == 0 and "has no points" in done.stderr and files(home) == before
 
 
 def test_dropped_adapters_leave_every_result_and_are_made_again_when_a_new_point_needs_one(

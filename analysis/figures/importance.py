@@ -14,6 +14,8 @@ from ebbline.analysis.results.tables import in_percent
 from ebbline.analysis.results.wording import axis_label, metric_label
 from ebbline.sweeps.search.importance import MODEL, Importance
 
+UNVARIED = "(in every resample)"  # instead of an interval without a width
+
 Importances = Mapping[str, Importance]
 """Objective -> the importance of each axis."""
 
@@ -101,5 +103,7 @@ def _axes(found: Importances) -> list[str]:
 def _cell(found: Importance, axis: str) -> str:
     if axis in found.shares:
         share = found.shares[axis]
+        if share.interval[0] == share.interval[1]:
+            return f"{100 * share.value:.1f} {UNVARIED}"
         return in_percent(share.value, *share.interval)
     return found.without.get(axis, "none")

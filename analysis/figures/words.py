@@ -7,7 +7,7 @@ extremes.
 from collections.abc import Mapping, Sequence
 
 from ebbline.analysis.figures.before_after import LABELS
-from ebbline.analysis.figures.importance import Importances, label
+from ebbline.analysis.figures.importance import UNVARIED, Importances, label
 from ebbline.analysis.results.attainment import Array, Attainment
 from ebbline.analysis.results.before_after import Line
 from ebbline.analysis.results.frontier import finished, frontier_by_model
@@ -132,8 +132,12 @@ def importance_words(found: Importances) -> str:
     ]
     for name, each in found.items():
         shares = [
-            f"{label(axis)} {percent(s.value)} ({percent(s.interval[0])} to "
-            f"{percent(s.interval[1])})"
+            f"{label(axis)} {percent(s.value)} "
+            + (
+                UNVARIED
+                if s.interval[0] == s.interval[1]
+                else f"({percent(s.interval[0])} to {percent(s.interval[1])})"
+            )
             for axis, s in each.shares.items()
         ]
         if shares:

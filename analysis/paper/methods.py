@@ -91,7 +91,7 @@ def _opening(study: Study, results: Sequence[Result]) -> str:
     text = (
         f"Written by ebbline [@{EBBLINE}] from its records. The question: {study.question.strip()}"
     )
-    if counts["running"] or counts["skipped"]:
+    if counts["running"] or counts["skipped"] or counts["outdated"]:
         text += (
             f" The study was not finished when this was written: {counts['done']} of "
             f"{len(results)} points are done, {', '.join(rest)}."

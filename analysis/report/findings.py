@@ -1,6 +1,6 @@
 """A study's results with everything computed from them once, for its report and figures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
@@ -17,6 +17,7 @@ from ebbline.analysis.figures.words import (
     importance_words,
     threshold_words,
 )
+from ebbline.analysis.report.attempts import Attempts
 from ebbline.analysis.results.attainment import Attainment, attainments
 from ebbline.analysis.results.before_after import Line, before_after
 from ebbline.analysis.results.measurements import (
@@ -65,56 +66,99 @@ def findings(
     baselines: Baselines,
     evidence: Evidence = NO_EVIDENCE,
     picked: Sequence[Result] = (),
+    attempts: Attempts | None = None,
 ) -> Findings:
+    """What is computed from the results. A part that fails is empty, and noted in `attempts`."""
+    make = (attempts or Attempts()).make
     return Findings(
         study,
         results,
         baselines,
         evidence,
-        before_after(study, results, baselines, evidence),
-        attainments(results, study.objectives),
-        importances(study, results),
+        (
+            make(
+                "the comparison before and after",
+                lambda: before_after(study, results, baselines, evidence),
+            )
+            or []
+        ),
+        (make("the attainment bands", lambda: attainments(results, study.objectives)) or {}),
+        (make("the importance of the axes", lambda: importances(study, results)) or {}),
         picked,
     )
 
 
-def figures_of(found: Findings) -> dict[str, DrawnFigure]:
-    """File name -> figure; figures without data are left out, except the frontier."""
-    study, results, baselines = found.study, found.results, found.baselines
-    drawn = {
-        "frontier": DrawnFigure(
-            frontier_figure(results, study.objectives, baselines, picked=found.picked),
-            frontier_words(results, study.objectives, baselines, found.picked),
-            "Every finished point with its 95% Wilson intervals. Filled: projected; "
-            "hollow: not. The steps are each model's frontier,"
-            " the stars its aligned model before fine-tuning."
-            + (" A ring marks the point that `ebbline pick` chose." if found.picked else ""),
-        )
-    }
-    attained = attainment_figure(found.attained, study.objectives)
-    if attained is not None:
-        drawn["attainment"] = DrawnFigure(
-            attained, attainment_words(found.attained, study.objectives), attainment_caption(found)
-        )
-    names = [name for name in (refusal_metric(study), usefulness_metric(study)) if name is not None]
-    across = threshold_figure(results, names, baselines)
-    if across is not None:
-        caption = f"{DEFENCE.words.against} 95% Wilson intervals."
-        drawn["thresholds"] = DrawnFigure(
-            across, threshold_words(results, names, baselines), caption
-        )
-    states = before_after_figure(found.lines)
-    if states is not None:
-        caption = (
-            "Each size before fine-tuning, fine-tuned, and the same training projected, with "
-            "95% intervals. Direction is in each title."
-        )
-        drawn["before-after"] = DrawnFigure(states, before_after_words(found.lines), caption)
-    matters = importance_figure(found.importance)
-    if matters is not None:
-        caption = f"Importance of each axis by {METHOD}, with 95% intervals from resampled points."
-        drawn["importance"] = DrawnFigure(matters, importance_words(found.importance), caption)
+@dataclass(frozen=True)
+class Picture:
+    """How a figure is made: its drawing, which may be None without data, its text and caption."""
+
+    draw: Callable[[], Figure | None]
+    words: Callable[[], str]
+    caption: Callable[[], str]
+
+
+def figures_of(found: Findings, attempts: Attempts | None = None) -> dict[str, DrawnFigure]:
+    """File name -> figure; figures without data are left out, except the frontier.
+
+    A figure that fails is left out, too, and noted in `attempts`. A text or caption that fails
+    leaves its figure.
+    """
+    make, drawn = (attempts or Attempts()).make, dict[str, DrawnFigure]()
+    for name, picture in pictures_of(found).items():
+        figure = make(f"the figure {name}", picture.draw)
+        if figure is not None:
+            drawn[name] = DrawnFigure(
+                figure,
+                (
+                    make(f"the text of the figure {name}", picture.words)
+                    or f"{name}; see the tables"
+                ),
+                (make(f"the caption of the figure {name}", picture.caption) or name),
+            )
     return drawn
+
+
+def pictures_of(found: Findings) -> dict[str, Picture]:
+    """File name -> how to make the figure."""
+    study, results, baselines = found.study, found.results, found.baselines
+    names = [name for name in (refusal_metric(study), usefulness_metric(study)) if name is not None]
+    return {
+        "frontier": Picture(
+            lambda: frontier_figure(results, study.objectives, baselines, picked=found.picked),
+            lambda: frontier_words(results, study.objectives, baselines, found.picked),
+            lambda: (
+                "Every finished point with its 95% Wilson intervals. Filled: projected; "
+                "hollow: not. The steps are each model's frontier,"
+                " the stars its aligned model before fine-tuning."
+                + (" A ring marks the point that `ebbline pick` chose." if found.picked else "")
+            ),
+        ),
+        "attainment": Picture(
+            lambda: attainment_figure(found.attained, study.objectives),
+            lambda: attainment_words(found.attained, study.objectives),
+            lambda: attainment_caption(found),
+        ),
+        "thresholds": Picture(
+            lambda: threshold_figure(results, names, baselines),
+            lambda: threshold_words(results, names, baselines),
+            lambda: f"{DEFENCE.words.against} 95% Wilson intervals.",
+        ),
+        "before-after": Picture(
+            lambda: before_after_figure(found.lines),
+            lambda: before_after_words(found.lines),
+            lambda: (
+                "Each size before fine-tuning, fine-tuned, and the same training projected, with "
+                "95% intervals. Direction is in each title."
+            ),
+        ),
+        "importance": Picture(
+            lambda: importance_figure(found.importance),
+            lambda: importance_words(found.importance),
+            lambda: (
+                f"Importance of each axis by {METHOD}, with 95% intervals from resampled points."
+            ),
+        ),
+    }
 
 
 def attainment_caption(found: Findings) -> str:

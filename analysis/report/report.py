@@ -5,14 +5,18 @@ hashes, never a prompt or completion.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import pandas as pd
+
 from ebbline.analysis.figures.importance import importance_cells, importance_notes
 from ebbline.analysis.figures.projection import Projections, projection_figures
 from ebbline.analysis.report.answer import answer
+from ebbline.analysis.report.attempts import Attempts
 from ebbline.analysis.report.findings import DrawnFigure, Findings, figures_of
 from ebbline.analysis.report.page import (
     Shown,
@@ -62,64 +66,115 @@ def write_report(
     plan: Path | None = None,
     figures: Mapping[str, DrawnFigure] | None = None,
     notes: Sequence[str] = (),
+    attempts: Attempts | None = None,
 ) -> Path:
     """Writes FOLDER/report.html.
 
     `notes` are sentences on the adapters. `cost` maps labels to values. `plan` is the SVG picture
     of the latest plan. `figures` is the result of figures_of; the figures are drawn if it is not
     given. Without evidence there are no paired comparisons, no tables by category and no scorer
-    agreement.
+    agreement. A part of the page that fails is left out, noted in `attempts`, and named at the top
+    of the page.
     """
     study, results, hosts = found.study, found.results, host_names(folder)
-    drawn = {
-        name: shown(each.figure, each.words, each.caption)
-        for name, each in (figures or figures_of(found)).items()
+    attempts = Attempts() if attempts is None else attempts
+    make = attempts.make
+    drawn = figures_of(found, attempts) if figures is None else figures
+    embedded_figures = {
+        name: make(
+            f"the figure {name} of the report",
+            partial(shown, each.figure, each.words, each.caption),
+        )
+        for name, each in drawn.items()
+    }
+    short = make(
+        "the short answer",
+        lambda: in_short(study, results, found.baselines, found.lines, found.evidence),
+    ) or ["The short answer could not be made."]
+    parts: dict[str, Any] = {
+        "short": short,
+        "verdict": (
+            make("the report's first sentence", lambda: verdict(study, results, found.lines))
+            or "The first sentence could not be made."
+        ),
+        "answers": (
+            make("the table of answers", lambda: answer_cells(study, results, found.lines)) or []
+        ),
+        "effects": (
+            make(
+                "what was shown of the hypothesis",
+                lambda: shown_effects(study, results, found.lines),
+            )
+            or []
+        ),
+        "paragraphs": (
+            make(
+                "the answer",
+                lambda: [
+                    _split(paragraph)
+                    for paragraph in answer(
+                        study, results, found.baselines, found.evidence, found.lines
+                    )
+                ],
+            )
+            or []
+        ),
+        "hypervolume": make(
+            "the hypervolume", lambda: frontier_hypervolume(results, study.objectives)
+        ),
+        "figures": {name: each for name, each in embedded_figures.items() if each is not None},
+        "states": (
+            make("the table before and after", lambda: before_after_cells(found.lines)) or []
+        ),
+        "sizes": (make("the points before and after", lambda: _sizes(study, results)) or []),
+        "categories": (
+            make(
+                "the tables by category",
+                lambda: list(category_cells(study, results, found.evidence)),
+            )
+            or []
+        ),
+        "agreements": (
+            make(
+                "the agreement of scorers",
+                lambda: list(agreement_cells(study, results, found.evidence)),
+            )
+            or []
+        ),
+        "table": _frame(
+            make(
+                "the table of the frontier",
+                lambda: frontier_cells(results_frame(results, study.objectives), study.objectives),
+            )
+        ),
+        "projections": (make("what was projected", lambda: _projection_figures(projections)) or []),
+        "importance": _frame(
+            make("the table of importance", lambda: importance_cells(found.importance))
+        ),
+        "importance_notes": (
+            make("the notes on importance", lambda: importance_notes(found.importance)) or []
+        ),
+        "failed": (make("the points without a result", lambda: _failed_rows(results, hosts)) or []),
+        "plan": make("the picture of the plan", lambda: _plan_figure(plan)),
     }
     page = template("report/report_template.html").render(
+        **parts,
         study=study,
-        short=in_short(study, results, found.baselines, found.lines, found.evidence),
         brackets=BRACKETS,
-        verdict=verdict(study, results, found.lines),
-        answers=answer_cells(study, results, found.lines),
         no_control=NO_CONTROL,
-        effects=shown_effects(study, results, found.lines),
-        paragraphs=[
-            _split(paragraph)
-            for paragraph in answer(study, results, found.baselines, found.evidence, found.lines)
-        ],
         notes=notes,
         counts={status: sum(result.status == status for result in results) for status in STATUSES},
         objectives=[directed_label(name) for name in study.objectives],
-        hypervolume=frontier_hypervolume(results, study.objectives),
-        figures=drawn,
-        states=before_after_cells(found.lines),
-        sizes=_sizes(study, results),
-        categories=list(category_cells(study, results, found.evidence)),
-        agreements=list(agreement_cells(study, results, found.evidence)),
         means=any(
             metric.squares is not None for result in results for metric in result.metrics.values()
         ),
-        table=frontier_cells(results_frame(results, study.objectives), study.objectives),
-        projections=_projection_figures(projections),
-        importance=importance_cells(found.importance),
         importance_method=METHOD,
-        importance_notes=importance_notes(found.importance),
-        failed=[
-            (
-                each.number,
-                each.point.model,
-                settings_label(each.point),
-                status_label(each.status),
-                without_paths(reason_label(each.reason), hosts),
-            )
-            for each in _failed(results)
-        ],
         cost=cost,
-        plan=_plan_figure(plan),
         provenance=[
             (group, list(rows))
             for group, rows in itertools.groupby(provenance, key=lambda row: row.group)
         ],
+        missing=[without_paths(line, hosts) for line in attempts.lines()],
     )
     return write_whole(folder / "report.html", lambda path: path.write_text(page, "utf-8"))
 
@@ -174,11 +229,28 @@ def _split(paragraph: str) -> tuple[str, str]:
     return heading, text[0].upper() + text[1:]
 
 
-def _failed(results: Sequence[Result]) -> list[Result]:
-    return sorted(
+def _frame(cells: pd.DataFrame | None) -> pd.DataFrame:
+    return pd.DataFrame() if cells is None else cells
+
+
+def _failed_rows(
+    results: Sequence[Result], hosts: Collection[str]
+) -> list[tuple[int, str, str, str, str]]:
+    """(number, model, settings, status, reason) of each point without a result, by number."""
+    failed = sorted(
         (result for result in results if result.status in NO_RESULT),
         key=lambda result: result.number,
     )
+    return [
+        (
+            each.number,
+            each.point.model,
+            settings_label(each.point),
+            status_label(each.status),
+            without_paths(reason_label(each.reason), hosts),
+        )
+        for each in failed
+    ]
 
 
 def _sizes(study: Study, results: Sequence[Result]) -> list[str]:

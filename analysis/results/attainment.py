@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.wording import natural
 from ebbline.sweeps.state.replicates import seeds_of
-from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.points import Result, distinct
 from ebbline.tasks.measuring.metrics import direction
 
 Level = Literal["some", "half", "all"]
@@ -53,11 +53,7 @@ def attainments(results: Sequence[Result], objectives: Sequence[str]) -> dict[st
     if len(drawn) < 2:
         return found
     for model in sorted({result.point.model for result in finished(results)}, key=natural):
-        own = [
-            result
-            for result in finished(results)
-            if result.point.model == model and result.same_as is None
-        ]
+        own = distinct([result for result in finished(results) if result.point.model == model])
         seeds = max(map(seeds_of, own), default=0)
         whole = [result for result in own if seeds_of(result) == seeds]
         if seeds > 1:

@@ -26,7 +26,7 @@ from ebbline.analysis.results.measurements import (
 )
 from ebbline.analysis.results.statistics import SHARES
 from ebbline.analysis.results.wording import natural
-from ebbline.sweeps.study.points import Point, Result, Value, brought
+from ebbline.sweeps.study.points import Point, Result, Value, brought, distinct
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import direction
@@ -200,10 +200,13 @@ def same_settings(before: Side, after: Side, model: str) -> Iterator[tuple[Resul
     """
     axes = sorted({*before.study.axes_of(model), *after.study.axes_of(model)})
     there = {_settings(after.study, result.point, axes): result for result in after.of(model)}
+    firsts, others = (
+        {result.number for result in distinct(side.of(model))} for side in (before, after)
+    )
     for result in before.of(model):
         settings = _settings(before.study, result.point, axes)
         other = there.get(settings)
-        if other is not None and (result.same_as is None or other.same_as is None):
+        if other is not None and (result.number in firsts or other.number in others):
             yield result, other
 
 

@@ -22,7 +22,7 @@ from functools import lru_cache
 from scipy.stats import binom, binomtest
 
 from ebbline.analysis.results.wording import metric_label, percent
-from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.points import Result, distinct
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.measuring.metrics import Metric, direction
 
@@ -135,7 +135,7 @@ def pick(
             " and maximise another metric"
         )
     done = [result for result in results if result.status == "done"]
-    among = sum(result.same_as is None for result in done)
+    among = len(distinct(done))
     offered = [result for result in done if number in (None, result.number)]
     if not offered:
         return None

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ebbline.analysis.results.wording import natural
 from ebbline.sweeps import dominance
-from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.points import Result, distinct
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.metrics import Direction, direction
 
@@ -51,9 +51,9 @@ def finished(results: Sequence[Result]) -> list[Result]:
 def frontier(results: Sequence[Result], objectives: Sequence[str]) -> list[Result]:
     """The finished results that no other dominates over the objectives, by number.
 
-    Duplicates of an earlier point (`same_as`) are omitted.
+    Of points that equal one another only the first counts.
     """
-    done = [result for result in finished(results) if result.same_as is None]
+    done = distinct(finished(results))
     on_front = front(objective_values(done, objectives), [direction(name) for name in objectives])
     return [result for result, on in zip(done, on_front, strict=True) if on]
 

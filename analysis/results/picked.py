@@ -1,15 +1,25 @@
 """A pick as text and as JSON: the point, its margins over the floors, confidence and bounds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ebbline.analysis.results.floors import CONFIDENCE, Floor, Pick, bound, floor_confidence, slack
+from ebbline.analysis.results.measurements import (
+    NO_EVIDENCE,
+    Comparison,
+    Evidence,
+    compared,
+    pairs_with_aligned,
+    usefulness_metric,
+)
 from ebbline.analysis.results.tables import in_points
 from ebbline.analysis.results.wording import measured, metric_label, percent, settings_label
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.points import Result, brought
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.measuring.metrics import Metric
 
 
 def missed_by(nearest: Pick, confidence: float | None) -> str:
@@ -92,6 +102,65 @@ def lines_of(study: Study, found: Pick) -> Iterator[str]:
             f"below the study's own refusal floor of {percent(study.refusal_floor)}: it cannot "
             "be exported"
         )
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A picked point's usefulness compared with its model before fine-tuning."""
+
+    metric: str
+    comparison: Comparison
+
+    @property
+    def is_one(self) -> bool:
+        """Whether the point is measurably more useful than not fine-tuning."""
+        return self.comparison.move == "higher" and self.comparison.after.value > 0
+
+    def __str__(self) -> str:
+        name, before = metric_label(self.metric), measured(self.comparison.before)
+        if self.comparison.after.value == 0:
+            return (
+                f"of no use: its {name} is 0.0%, so no prompt was answered right; before "
+                f"fine-tuning the model has {before}"
+            )
+        if self.is_one:
+            return f"better than not fine-tuning: before it, the model's {name} is {before}"
+        if self.comparison.move == "lower":
+            return (
+                f"worse than not fine-tuning: before it, the model's {name} is {before}, which is "
+                "measurably higher"
+            )
+        return (
+            f"no better than not fine-tuning: before it, the model's {name} is {before}, and the "
+            "difference cannot be told from chance"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        low, high = self.comparison.interval
+        return {
+            "metric": self.metric,
+            "before_fine_tuning": self.comparison.before.value,
+            "difference": self.comparison.difference,
+            "low": low,
+            "high": high,
+            "move": self.comparison.move,
+            "better_than_not_fine_tuning": self.is_one,
+        }
+
+
+def gain_of(
+    study: Study, found: Pick, aligned: Mapping[str, Metric], evidence: Evidence = NO_EVIDENCE
+) -> Gain | None:
+    """How the point's usefulness compares with the model before fine-tuning.
+
+    None for a study that measures no usefulness, and where that model was not measured.
+    """
+    name = found.maximised or usefulness_metric(study)
+    if name is None or name not in aligned or name not in found.result.metrics:
+        return None
+    model = found.result.point.model
+    pairs = pairs_with_aligned(model, aligned[name], [found.result], name, evidence)
+    return Gain(name, compared(pairs)[0])
 
 
 def too_low(study: Study, found: Pick) -> bool:

@@ -13,7 +13,7 @@ from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import Metric, direction
 
 METRIC_NAMES = {"rouge_l": "ROUGE-L", "acc_norm": "acc_norm"}  # as the field writes them
-NO_RESULT: tuple[Status, ...] = ("failed", "invalid", "skipped")
+NO_RESULT: tuple[Status, ...] = ("failed", "invalid", "skipped", "outdated")
 
 
 def metric_label(name: str) -> str:

@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "WANDB_ERROR_REPORTING", "false"
     )  # W&B would send its own crash reports to Sentry
     os.nice(10)
-    view = StudyView.open(given.home, given.study)
+    view = StudyView.begun(given.home, given.study)
     study, home = view.study, view.home
     mode = chosen_mode()
     mode = "offline" if given.offline and mode == "online" else mode

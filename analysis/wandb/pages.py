@@ -77,6 +77,7 @@ def pages(
         if result.number < profile.wandb_points and result.status not in (
             "running",
             "skipped",
+            "outdated",
         ):
             yield _point_page(study, result, profile, home_id, hosts)
 
@@ -152,7 +153,7 @@ def summary_key(metric: str) -> str:
 def _later_points(results: Sequence[Result], profile: Profile) -> dict[str, list[Result]]:
     """Training's key -> its finished points without a run.
 
-    Trainings with a point that is still running are left out.
+    Trainings with a point that is still running, or measured again by the next run, are left out.
     """
     users: dict[str, list[Result]] = {}
     for result in results:
@@ -160,7 +161,7 @@ def _later_points(results: Sequence[Result], profile: Profile) -> dict[str, list
             users.setdefault(key, []).append(result)
     later: dict[str, list[Result]] = {}
     for key, own in users.items():
-        if all(result.status != "running" for result in own):
+        if all(result.status not in ("running", "outdated") for result in own):
             later[key] = [
                 result
                 for result in own

@@ -103,7 +103,7 @@ def compare_studies(
 def _sides(names: Sequence[str], homes: Sequence[Path]) -> list[Side]:
     views = []
     for name, home in zip(names, homes, strict=True):
-        view = StudyView.open(home, name)
+        view = StudyView.begun(home, name)
         view.home.require(view.study.study)
         views.append(view)
     titles = [view.study.study for view in views]

@@ -158,7 +158,6 @@ def evaluate(
     """Measure a suite on a model and on each of its adapters; without `baseline`, on its adapters
     alone. Raises EbblineError when it cannot be measured.
     """
-    disable_progress_bar()  # of transformers, for each loaded model
     folder, prompt_set = located(model), Path(prompts)
     if not prompt_set.exists():
         raise EvaluationError(f"there is no prompt set at {prompt_set}")

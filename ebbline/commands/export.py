@@ -8,9 +8,11 @@ from typing import Literal
 
 from ebbline.analysis.paper.bundle_keys import check_bundle
 from ebbline.analysis.paper.export import Export, Style, write_export
+from ebbline.outputs import attempts_of
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
+from ebbline.tasks.errors import EbblineError, StudyError
 
 BOTH: tuple[Style, ...] = ("neurips", "acl")
 
@@ -20,7 +22,17 @@ def export_study(
 ) -> None:
     """Write the export and list its content."""
     study = view.study
-    done = write_export(view, to, BOTH if style == "both" else (style,))
+    try:
+        done = write_export(view, to, BOTH if style == "both" else (style,))
+    except EbblineError:
+        raise
+    except Exception as error:
+        attempts = attempts_of(view)
+        attempts.note("the export", error)
+        raise StudyError(
+            f"{attempts.lines()[0]}. Nothing was changed in {to}; the whole reason is in "
+            f"{attempts.log}. The tables and the report of the study are not affected"
+        ) from error
     if as_json:
         print(json.dumps(_as_json(study, done), indent=1))
         return

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ebbline.analysis.results.choices import record_choices
-from ebbline.analysis.results.collect import collect
+from ebbline.analysis.results.collect import StoredEvidence, baselines, collect
 from ebbline.analysis.results.floors import METHOD, Floor, Pick, of_seed, pick, slack
 from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.measurements import usefulness_metric
 from ebbline.analysis.results.picked import (
+    Gain,
+    gain_of,
     in_words,
     lines_of,
     missed_by,
@@ -107,6 +109,11 @@ def pick_study(view: StudyView, options: PickOptions, to: Path | None, as_json: 
         }
     changed = view.changed()
     recorded = not changed and _record(view, picks.values())
+    before, evidence = baselines(view), StoredEvidence(view)
+    gains = {
+        model: gain_of(study, found, before.get(model, {}), evidence)
+        for model, found in picks.items()
+    }
     if as_json:
         progress = {"done": len(done), "asked_for": len(results), "limit": limit(study)}
         summary = {
@@ -114,13 +121,19 @@ def pick_study(view: StudyView, options: PickOptions, to: Path | None, as_json: 
             "points": progress,
             "method": METHOD,
             "changed_since_it_was_begun": changed,
-            "picks": [picked_json(study, found) for found in picks.values()],
+            "picks": [
+                {
+                    **picked_json(study, found),
+                    "gain": None if (gain := gains[model]) is None else gain.as_json(),
+                }
+                for model, found in picks.items()
+            ],
         }
         print(json.dumps({**summary, "exported": exported}, indent=1))
     else:
         so_far = f"{len(done)}{f' of {limit(study)}' if limit(study) else ''} points done"
         _print_picks(
-            study, name, models, picks, options, so_far, floors, to is None and not changed
+            study, name, models, picks, gains, options, so_far, floors, to is None and not changed
         )
         if changed:
             print(
@@ -318,6 +331,7 @@ def _print_picks(
     name: str,
     models: Sequence[str],
     picks: Mapping[str, Pick],
+    gains: Mapping[str, Gain | None],
     options: PickOptions,
     done: str,
     floors: Sequence[Floor],
@@ -328,6 +342,9 @@ def _print_picks(
     for model in models:
         if model in picks:
             print(f"\n{model}: {_verdict(picks[model], options)}")
+            gain = gains[model]
+            if gain is not None and not gain.is_one:
+                print(f"  {gain}")
             for line in lines_of(study, picks[model]):
                 print(f"  {line}")
             if hint and picks[model].holds and not too_low(study, picks[model]):

@@ -9,12 +9,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from ebbline.analysis.report.attempts import MOST, Attempts
 from ebbline.analysis.report.report import rows_for_scripts
 from ebbline.analysis.results.collect import collect
 from ebbline.analysis.results.costs import cost_label, prediction_label
 from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
+from ebbline.analysis.results.retrying import retry_hint
 from ebbline.analysis.results.tables import frontier_text, results_frame
 from ebbline.analysis.results.wording import NO_RESULT, status_label
 from ebbline.analysis.wandb import mirror
@@ -25,13 +28,14 @@ from ebbline.cluster.executors.executor import Executor
 from ebbline.cluster.executors.on_demand import OnDemand
 from ebbline.commands.plan import draw, wanted_by
 from ebbline.commands.status import without_result
-from ebbline.options import FAILED_POINTS, OVER_BUDGET, STOPPED
-from ebbline.outputs import print_outputs, write_outputs
+from ebbline.options import FAILED_POINTS, OUTPUT_MISSING, OVER_BUDGET, STOPPED
+from ebbline.outputs import attempts_of, print_outputs, write_outputs
 from ebbline.show import Screen
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.drive.progress import Progress
 from ebbline.sweeps.forecast.forecast import forecast
 from ebbline.sweeps.forecast.prediction import Prediction, keep, keep_end, predict
+from ebbline.sweeps.forecast.reused import reuse_of_changes
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.study.points import STATUSES, Result
 from ebbline.sweeps.study.study import Study
@@ -40,10 +44,12 @@ from ebbline.sweeps.study.view import StudyView
 from ebbline.tables import table_width
 
 MIRROR_WAIT_S = 20.0
+SCREEN, MIRROR_LOG = "the progress display", "log/mirror.log"
 OUTCOMES = {
     0: "done",
     FAILED_POINTS: "done, with points that have no result",
     OVER_BUDGET: "out of budget",
+    OUTPUT_MISSING: "done, but an output could not be made",
     STOPPED: "stopped",
 }
 
@@ -97,11 +103,13 @@ def run_study(
     resume: str = "",
     as_json: bool = False,
     wide: bool = False,
+    retry: Sequence[int] | None = (),
 ) -> int:
     """Drive a study to its end and print the paths of its outputs. Returns an exit code of
     ebbline.options.EXIT_CODES.
 
-    `resume` is the command as the user typed it. With `as_json`, standard output gets one object at
+    `resume` is the command as the user typed it. `retry` has the numbers of failed points to try
+    again; None means all of them. With `as_json`, standard output gets one object at
     the end; all else goes to standard error.
     """
     with checking(quiet=as_json) as now:
@@ -112,7 +120,7 @@ def run_study(
     mirrored: list[subprocess.Popen[bytes]] = []
     try:
         with redirect_stdout(stream):
-            code, outcome = _run(view, place, wandb, resume, mirrored, wide)
+            code, outcome = _run(view, place, wandb, resume, mirrored, wide, retry)
     except KeyboardInterrupt:
         code, outcome = STOPPED, {"stopped": "stopped on request, at once"}
         print(
@@ -148,9 +156,11 @@ def _run(
     resume: str,
     mirrored: "list[subprocess.Popen[bytes]]",
     wide: bool,
+    retry: Sequence[int] | None,
 ) -> tuple[int, dict[str, object]]:
     """The exit code, and the results for --json."""
     study, home, folder = view.study, view.home, view.folder
+    attempts = attempts_of(view)
     kind, wanted = executor_kind(place.executor), wanted_by(study, place.address, place.gpus)
 
     def make_executor() -> Executor:
@@ -158,20 +168,27 @@ def _run(
         # starts no second mirror and makes no prediction.
         home.keep_file(study.study, source_of(view.source))
         if wandb:
-            mirrored.append(mirror.start(view.argument, home.root, folder / "log" / "mirror.log"))
+            log = folder / MIRROR_LOG
+            process = attempts.make(
+                "the W&B mirror", lambda: mirror.start(view.argument, home.root, log)
+            )
+            mirrored.extend([] if process is None else [process])
         return OnDemand(kind, wanted)
 
     started, screen = time.monotonic(), Screen(study)
     print(f"{study.study}: {study.question}\n")
+    for line in reuse_of_changes(view):
+        print(line)
     with Interrupts(screen.notice, resume) as interrupts:
         with screen:
             progress = drive(
                 view,
                 make_executor,
-                screen,
+                lambda progress: _show(screen, progress, attempts),
                 interrupts.stopping,
-                lambda executor: _predicted(view, executor, kind, wanted),
+                lambda executor: _predicted(view, executor, kind, wanted, attempts),
                 kind,
+                retry,
             )
         print(_summary(progress, time.monotonic() - started))
         if (
@@ -179,31 +196,44 @@ def _run(
             and not progress.stopped
             and any(counts["done"] for counts in progress.runner.counts.values())
         ):
-            spent = progress.spending.spent()
-            keep_end(progress.prediction, spent, folder)
-            print(prediction_label(progress.prediction, spent, home.profile))
+            print(
+                attempts.make("the comparison with the prediction", partial(_took, view, progress))
+                or ""
+            )
         results = collect(view)
-        outputs = write_outputs(view, results)
-        frame = results_frame(results, study.objectives)
-        print(f"\n{frontier_text(frame, study.objectives, table_width(wide))}\n")
-        for line in without_result(results):
-            print(line)
-        shown = all(mirror.stop(process, MIRROR_WAIT_S) for process in mirrored)
+        outputs = write_outputs(view, results, attempts)
+        table = (
+            attempts.make(
+                "the table of the frontier",
+                lambda: frontier_text(
+                    results_frame(results, study.objectives), study.objectives, table_width(wide)
+                ),
+            )
+            or "The table of the frontier could not be made."
+        )
+        print(f"\n{table}\n")
+        for line in [*without_result(results), retry_hint(results, view.name)]:
+            if line:
+                print(line)
+        ends = [_mirrored(process, folder / MIRROR_LOG, attempts) for process in mirrored]
+        shown = all(ends)
     if not shown:
         print(
             f"W&B does not have everything yet; `ebbline sync {view.name}` continues (see "
-            f"{folder / 'log' / 'mirror.log'})"
+            f"{folder / MIRROR_LOG})"
         )
-    print_outputs(outputs)
+    print_outputs(outputs, attempts=attempts)
+    ended = FAILED_POINTS if any(r.status in NO_RESULT for r in results) else 0
     code = {"request": STOPPED, "budget": OVER_BUDGET}.get(
-        progress.by, FAILED_POINTS if any(r.status in NO_RESULT for r in results) else 0
+        progress.by, OUTPUT_MISSING if attempts.failed else ended
     )
     if progress.by in ("request", "budget"):
         print(
             f"\n{'to continue' if progress.by == 'request' else 'raise the budget, then'}:\n "
             f" {resume}"
         )
-    return code, _for_scripts(study, progress, results, outputs, shown)
+    found = _for_scripts(study, progress, results, outputs, shown, attempts)
+    return code, found | {"not_made": attempts.failed}
 
 
 def _for_scripts(
@@ -212,20 +242,56 @@ def _for_scripts(
     results: Sequence[Result],
     outputs: Mapping[str, Path],
     shown: bool,
+    attempts: Attempts,
 ) -> dict[str, object]:
     """The run's end for --json: its last snapshot, the frontier, and the paths of the outputs."""
+    rows = (
+        attempts.make("the frontier", lambda: rows_for_scripts(frontier(results, study.objectives)))
+        or []
+    )
     live = None if progress.live is None else progress.live.model_dump(mode="json")
     counts = Counter(result.status for result in results)
     return {
         "stopped": progress.stopped or None,
         "points": {status: counts[status] for status in STATUSES},
         "live": live,
-        "hypervolume": frontier_hypervolume(results, study.objectives),
-        "frontier": rows_for_scripts(frontier(results, study.objectives)),
+        "hypervolume": attempts.make(
+            "the hypervolume", lambda: frontier_hypervolume(results, study.objectives)
+        ),
+        "frontier": rows,
         "without_result": without_result(results),
         "wandb_up_to_date": shown,
         "outputs": {what: str(path) for what, path in outputs.items()},
     }
+
+
+def _show(screen: Screen, progress: Progress, attempts: Attempts) -> None:
+    """Show the progress. A display that fails once is not drawn again, and the run goes on."""
+    if SCREEN not in attempts.failed:
+        attempts.make(SCREEN, lambda: screen(progress))
+
+
+def _took(view: StudyView, progress: Progress) -> str:
+    """Keep what the run took, and compare it with its prediction."""
+    spent = progress.spending.spent()
+    if progress.prediction is None:
+        return ""
+    keep_end(progress.prediction, spent, view.folder)
+    return prediction_label(progress.prediction, spent, view.home.profile)
+
+
+def _mirrored(process: "subprocess.Popen[bytes]", log: Path, attempts: Attempts) -> bool:
+    """Let the mirror show the rest; whether it showed everything. One that ends with an error,
+    unlike one that needs more time, is an output that could not be made.
+    """
+    shown = mirror.stop(process, MIRROR_WAIT_S)
+    if not shown and process.returncode != -signal.SIGKILL:
+        lines = log.read_text("utf-8", "replace").split("\n") if log.is_file() else []
+        last = next(
+            (line.strip() for line in reversed(lines) if line.strip()), "no reason in its log"
+        )
+        attempts.failed["the W&B mirror"] = last[:MOST]
+    return shown
 
 
 def _end(mirrored: "list[subprocess.Popen[bytes]]") -> None:
@@ -234,7 +300,11 @@ def _end(mirrored: "list[subprocess.Popen[bytes]]") -> None:
 
 
 def _predicted(
-    view: StudyView, executor: Executor, kind: ExecutorKind, wanted: ExecutorOptions
+    view: StudyView,
+    executor: Executor,
+    kind: ExecutorKind,
+    wanted: ExecutorOptions,
+    attempts: Attempts,
 ) -> Prediction | None:
     """Predict this run's cost; keep and draw it in the study's folder. None when no stage must
     run.
@@ -245,7 +315,7 @@ def _predicted(
     prediction = predict(found, read_spent(folder))
     if prediction is not None:
         keep(prediction, folder)
-        draw(view, found)
+        attempts.make("the picture of the plan", lambda: draw(view, found))
     return prediction
 
 

@@ -16,6 +16,7 @@ from ebbline.analysis.report.report import rows_for_scripts, summary
 from ebbline.analysis.results.collect import StoredEvidence, baselines, collect, costs_before
 from ebbline.analysis.results.costs import cost_label, cost_summary, study_cost
 from ebbline.analysis.results.measurements import Baselines, Evidence
+from ebbline.analysis.results.retrying import advice, retry_hint
 from ebbline.analysis.results.tables import frontier_text, results_frame
 from ebbline.analysis.results.wording import NO_RESULT, reason_label, status_label
 from ebbline.cluster.schedule.costs import Cost
@@ -35,6 +36,7 @@ from ebbline.tasks.errors import DatabaseLost, EbblineError, StoreError
 
 LOOK_EVERY_S = 1.0
 GIVE_UP_AFTER_S = 60.0  # how long a store that changes, or a database that is away, may fail
+SHOWN_EDITS = 10  # lines on what changed in the study file
 READ_SHARE = 0.1  # at most this share of the time goes into reading the points
 CLOCKS = {"at", "left_s", "spent", "taken"}  # a snapshot's fields that change without an event
 
@@ -80,6 +82,7 @@ def show_status(view: StudyView, as_json: bool = False, wide: bool = False) -> N
         StoredEvidence(view),
         as_json,
         wide,
+        view.edited(),
     )
 
 
@@ -209,9 +212,10 @@ def print_status(
     evidence: Evidence,
     as_json: bool,
     wide: bool = False,
+    edited: Sequence[str] = (),
 ) -> None:
     """Print a study's status. `costs` has the cost of measuring the models before fine-tuning, by
-    key.
+    key; `edited` what its file says now that it did not when it was last run.
     """
     counts = Counter(result.status for result in results)
     holder, past = home.holder(study.study), read_spent(home.path(study.study))
@@ -229,6 +233,7 @@ def print_status(
                     "slurm": None if job is None else asdict(job),
                     "cost": cost,
                     "budget": limits,
+                    "edited_since": list(edited),
                     **summary(study, results, before, evidence),
                 },
                 indent=1,
@@ -259,8 +264,16 @@ def print_status(
     print(f"spent: {driven}{f'; the budget: {budget}' if budget else ''}\n")
     frame = results_frame(results, study.objectives)
     print(frontier_text(frame, study.objectives, table_width(wide)))
-    for line in without_result(results):
-        print(line, file=sys.stderr)
+    for line in [*without_result(results), retry_hint(results, study.study)]:
+        if line:
+            print(line, file=sys.stderr)
+    if edited:
+        shown = "\n".join(f"  {line}" for line in edited[:SHOWN_EDITS])
+        print(
+            f"the study file was edited since its last run, and the above does not follow it:\n"
+            f"{shown}",
+            file=sys.stderr,
+        )
 
 
 def without_result(results: Sequence[Result]) -> list[str]:
@@ -274,7 +287,7 @@ def without_result(results: Sequence[Result]) -> list[str]:
     return [
         f"{status_label(status)}: "
         f"{found[0].point}{f' and {len(found) - 1} more' if len(found) > 1 else ''}: "
-        f"{reason_label(reason)}"
+        f"{reason_label(reason)}; {advice(found[0])}"
         for (status, reason), found in alike.items()
     ]
 
@@ -286,7 +299,7 @@ def _next_run(study: Study, home: Home, results: Sequence[Result], spent: Spent)
 
 def ended_because(study: Study, home: Home, results: Sequence[Result], spent: Spent) -> str:
     """Why a study has ended; empty when a run would continue it."""
-    if any(result.status in ("running", "skipped") for result in results):
+    if any(result.status in ("running", "skipped", "outdated") for result in results):
         return ""
     if len(results) >= (limit(study) or math.inf):
         return "all its points are done"

@@ -5,13 +5,12 @@ those stages.
 """
 
 import json
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Literal
-
-from pydantic import ValidationError
 
 from ebbline.analysis.results.collect import collect
 from ebbline.analysis.results.frontier import frontier_by_model
@@ -33,28 +32,29 @@ from ebbline.sweeps.study.stages import stages_or_reason
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tables import print_table
-from ebbline.tasks.errors import StoreError, StudyError
+from ebbline.tasks.errors import EbblineError, StoreError, StudyError
 from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.stage import Source, Stage
 
 Keep = Literal["all", "frontier", "none"]
 
 
-def studies_of(home: Home) -> dict[str, Study]:
-    """The studies of a home, with the settings of their first run. Raises StudyError when a study
-    cannot be read.
+def needs_of_studies(
+    home: Home, keep: Keep = "all"
+) -> tuple[dict[str, Needed], dict[str, EbblineError]]:
+    """What each study of a home needs, by name; and the error of each study whose needs are
+    unknown.
     """
-    found = {}
+    needed: dict[str, Needed] = {}
+    unknown: dict[str, EbblineError] = {}
     for name in home.studies():
         try:
-            found[name] = Study.model_validate_json(home.kept(name))
-        except (ValidationError, UnicodeDecodeError) as error:
-            raise StudyError(
-                f"{home.path(name) / 'study.json'} cannot be read ({type(error).__name__}), so "
-                "it is unknown what its study needs. Restore the file, or move the"
-                " study's folder away if nobody needs its results; nothing was removed"
-            ) from None
-    return found
+            study = home.begun(name)
+            if study is not None:
+                needed[name] = needed_by(study, home, keep)
+        except EbblineError as error:
+            unknown[name] = error
+    return needed, unknown
 
 
 def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
@@ -71,8 +71,8 @@ def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
     if not points and table.exists():
         raise StudyError(
             f"{table} has results, but the study's database has no points, so it is unknown what "
-            "they need. Restore the database, or move the"
-            " study's folder away if nobody needs its results; nothing was removed"
+            "they need. Restore the database, or move the study's folder away if nobody needs "
+            "its results"
         )
     for _, point, _, _ in points:
         targets += stages_or_reason(graph, point)[0].values()
@@ -113,7 +113,7 @@ def _adapters(view: StudyView, keep: Keep) -> tuple[frozenset[str], frozenset[st
     )
     kept = [
         *on_front,
-        *(result for result in results if result.status in ("running", "skipped")),
+        *(result for result in results if result.status in ("running", "skipped", "outdated")),
     ]
     adapters = {kind.name for kind in STAGE_KINDS.values() if kind.writes_adapter}
     own = {
@@ -129,7 +129,7 @@ def show_usage(home: Home, as_json: bool) -> None:
     """Print the store's size by kind, and the size of what each study of the home needs."""
     with progress_bar("looking") as progress:
         survey = Survey(home.store, progress)
-        needed = {name: needed_by(study, home) for name, study in studies_of(home).items()}
+        needed, unknown = needs_of_studies(home)
     kinds = {
         what: {"count": count, "bytes": size} for what, (count, size) in survey.sizes().items()
     }
@@ -144,7 +144,13 @@ def show_usage(home: Home, as_json: bool) -> None:
     if as_json:
         print(
             json.dumps(
-                {"store": home.store.place.at, "bytes": total, "kinds": kinds, "studies": by_study},
+                {
+                    "store": home.store.place.at,
+                    "bytes": total,
+                    "kinds": kinds,
+                    "studies": by_study,
+                    "unknown": _reasons(unknown),
+                },
                 indent=1,
             )
         )
@@ -159,6 +165,7 @@ def show_usage(home: Home, as_json: bool) -> None:
         for name, row in by_study.items()
     ]
     _table(("study", "needs", "needs alone"), rows)
+    _print_unknown(unknown)
 
 
 def verify(home: Home, mend: bool, as_json: bool) -> int:
@@ -212,18 +219,20 @@ def collect_garbage(home: Home, older_than_h: float, keep: Keep, yes: bool, as_j
     """Print what no study needs and its size. With `yes`, remove it; no study of the home can run
     meanwhile.
 
-    Raises StudyHeld, with `yes`, when a study has a driver.
+    While the needs of a study are unknown, artifacts, adapters and sources stay. Raises StudyHeld,
+    with `yes`, when a study has a driver.
     """
     with ExitStack() as held:
         if yes:
             _hold(home, held)
         with progress_bar("looking") as progress:
             survey = Survey(home.store, progress)
-            needed = all_needed(needed_by(study, home, keep) for study in studies_of(home).values())
+            by_study, unknown = needs_of_studies(home, keep)
+            needed = all_needed(by_study.values())
         others = sorted(survey.owners - {home.id})
-        before = time.time() - older_than_h * 3600
-        found = list(survey.removable(None if others else needed, before))
-        found += [] if others else survey.adapters(needed, before)
+        before, known = time.time() - older_than_h * 3600, not others and not unknown
+        found = list(survey.removable(needed if known else None, before))
+        found += survey.adapters(needed, before) if known else []
         if yes:
             with progress_bar("removing") as progress:
                 freed = remove(home.store, found, progress)
@@ -238,6 +247,7 @@ def collect_garbage(home: Home, older_than_h: float, keep: Keep, yes: bool, as_j
                     "removed": yes,
                     "bytes": sum(each.bytes for each in found),
                     "other homes": others,
+                    "unknown": _reasons(unknown),
                     "what": removals,
                 },
                 indent=1,
@@ -257,6 +267,7 @@ def collect_garbage(home: Home, older_than_h: float, keep: Keep, yes: bool, as_j
             "artifacts, adapters and sources"
             f" stay. If such a home is gone, remove homes/{others[0]}.json from the store."
         )
+    _print_unknown(unknown)
     if not found:
         young = (
             f"; files written in the last {older_than_h:g} hours always stay (--older-than-h)"
@@ -303,6 +314,20 @@ def _hold(home: Home, held: ExitStack) -> None:
     """Hold all studies of this home, so that none gets a driver."""
     for name in home.studies():
         held.enter_context(home.driving(name))
+
+
+def _reasons(unknown: Mapping[str, EbblineError]) -> dict[str, str]:
+    return {name: str(error) for name, error in unknown.items()}
+
+
+def _print_unknown(unknown: Mapping[str, EbblineError]) -> None:
+    """Name each study whose needs are unknown, and what that prevents."""
+    for name, error in unknown.items():
+        print(
+            f"study {name}: {error}\nUntil then it is unknown what this study needs: artifacts, "
+            "adapters and sources stay.",
+            file=sys.stderr,
+        )
 
 
 def all_needed(needed: Iterable[Needed]) -> Needed:

@@ -7,7 +7,8 @@ Invariant: a rerun of a study is safe. Points come from the study's database and
 store; existing outputs are reused. One driver at a time holds a study.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 
 from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, ExecutorKind
 from ebbline.cluster.executors.executor import Executor
@@ -41,6 +42,8 @@ from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.stage import Stage
 
+_log = logging.getLogger(__name__)
+
 
 def drive(
     view: StudyView,
@@ -49,12 +52,14 @@ def drive(
     stop: Callable[[], bool] = lambda: False,
     predict: Callable[[Executor], Prediction | None] = lambda executor: None,
     kind: ExecutorKind = DEFAULT_EXECUTOR,
+    retry: Sequence[int] | None = (),
 ) -> Progress:
     """Run a study to its end: the aligned models before fine-tuning, then the search's points.
 
     `make_executor` makes an executor of this `kind` after the driver holds the study; it is closed
     at the end. `predict` returns the prediction for a run on it. When `stop` returns true, running
-    stages end and the drive returns. Other processes can watch through ebbline.sweeps.drive.live.
+    stages end and the drive returns. `retry` has the numbers of failed points to try again; None
+    means all of them. Other processes can watch through ebbline.sweeps.drive.live.
 
     Raises StudyHeld when another driver holds the study. Raises StudyError when the settings differ
     from those the study began with, or when a model cannot be measured before fine-tuning.
@@ -67,7 +72,11 @@ def drive(
         # The database gets a widened study before the home does. A driver that is killed in between
         # finds the old study in the home, and widens it once more.
         searcher = StudySearcher(study, database, view.begun_as())
+        if view.revisions():
+            searcher.revise()
         view.freeze()
+        if retry is None or retry:
+            searcher.retry(retry)
         for name, found in prior_results(study, home).items():
             searcher.teach(name, found)
         with spending(study, home.profile, view.folder, hold.driver) as spent:
@@ -83,7 +92,15 @@ def drive(
                 with mirrored(progress, view.folder, hold.driver) as live:
                     return _Drive(progress, searcher, hold, watch, stop, live).run()
             finally:
-                executor.close()
+                _close(executor)
+
+
+def _close(executor: Executor) -> None:
+    """Close an executor. All results are in the store by now, so a failure is only a warning."""
+    try:
+        executor.close()
+    except Exception as error:  # noqa: BLE001  # whatever the executor's library raises
+        _log.warning("the executor could not be closed: %s: %s", type(error).__name__, error)
 
 
 class _Drive:
@@ -289,7 +306,14 @@ class _Drive:
             self._request_more(entry)
             if entry.settled(self.runner):
                 self.reloading.remove(entry)
-                result = self._result(entry)
+                result, failure = self._result(entry), entry.failure(self.runner)
+                lost = "" if result.status == "done" else entry.invalid
+                if failure is not None and result.status != "done":
+                    lost = _reason(failure)
+                self.hold.check()
+                self.searcher.lose(entry.number, lost)
+                if lost:
+                    result = self._result(entry, lost)
                 if result.status == "done" and self.searcher.constrained:
                     self.searcher.amend(entry.number, result)
                 self._record(result)

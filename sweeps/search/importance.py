@@ -187,7 +187,9 @@ def _column(values: Sequence[Value], axis: object) -> Column:
     ]
     if isinstance(axis, Range) and len(numbers) == len(values):
         low, high = min(axis.low, *numbers), max(axis.high, *numbers)
-        return FloatDistribution(low, high, log=axis.log), [float(number) for number in numbers]
+        return FloatDistribution(low, high, log=axis.log and low > 0), [
+            float(number) for number in numbers
+        ]
     ranked: list[Value] = [*([None] if None in values else []), *sorted(set(numbers))]
     if len(numbers) + sum(value is None for value in values) == len(values):
         return IntDistribution(0, len(ranked) - 1), [ranked.index(value) for value in values]

@@ -88,9 +88,9 @@ class Searcher(Protocol):
 
     @property
     def constrained(self) -> bool:
-        """Whether the study has constraints, or had them.
+        """Whether the study has constraints, or had them, or was revised.
 
-        They may have changed, so all results are amended before another proposal.
+        Its results may have changed, so all are amended before another proposal.
         """
 
     def estimate(self, knowledge: Knowledge) -> None:
@@ -108,8 +108,11 @@ class Searcher(Protocol):
     def give_up(self, number: int, most: int, reason: str) -> None:
         """Record that a point gets at most `most` seeds, since a further seed failed.
 
-        This is final, as the state of a failed point is.
+        This is final, as the state of a failed point is, until someone retries it.
         """
+
+    def lose(self, number: int, reason: str) -> None:
+        """Record why a completed point could not be measured again, or with "" that it was."""
 
 
 class StudySearcher:
@@ -124,8 +127,10 @@ class StudySearcher:
         """`begun_as` is the digest of the study's settings before it was widened."""
         self.study = study
         self.trials = Trials(study, database, begun_as)
-        self.constrained = study.search.constraints != Constraints() or any(
-            entry.misses for entry in self.trials.entries
+        self.constrained = (
+            study.search.constraints != Constraints()
+            or any(entry.misses for entry in self.trials.entries)
+            or self.trials.revised
         )
         self._limit = limit(study)
         self._proposed = {entry.point for entry in self.trials.entries}
@@ -217,6 +222,36 @@ class StudySearcher:
 
     def give_up(self, number: int, most: int, reason: str) -> None:
         self.trials.give_up(number, most, reason)
+
+    def revise(self) -> None:
+        """Record that existing points are measured otherwise than when they were told."""
+        self.trials.revise()
+        self.constrained = True
+
+    def lose(self, number: int, reason: str) -> None:
+        self.trials.lose(number, reason)
+
+    def retry(self, numbers: Sequence[int] | None) -> list[int]:
+        """Try points again: all that failed, or those of `numbers`. Returns their numbers.
+
+        Raises StudyError, before anything changes, for a number whose point did not fail.
+        """
+        found = [
+            number
+            for number, entry in enumerate(self.trials.entries)
+            if entry.state == "failed" or entry.lost or entry.max_seeds is not None
+        ]
+        wrong = sorted(set(numbers or ()) - set(found))
+        if wrong:
+            raise StudyError(
+                f"--retry {' '.join(map(str, wrong))}: only a point that failed can be tried "
+                f"again; of this study that are {', '.join(map(str, found)) or 'none'}"
+            )
+        chosen = found if numbers is None else sorted(set(numbers))
+        for number in chosen:
+            self.trials.retry(number)
+        self._completed = sum(entry.state != "running" for entry in self.trials.entries)
+        return chosen
 
     def _misses(self, entry: Entry, result: Result) -> dict[str, float]:
         """By how much a result misses each constraint; at most 0 when it holds."""

@@ -25,12 +25,12 @@ def prior_results(study: Study, home: Home) -> dict[str, list[Entry]]:
 
 
 def _results_of(study: Study, name: str, home: Home) -> list[Entry]:
-    if not home.has_run(name):
+    other = home.begun(name)
+    if other is None:
         raise StudyError(
             f"search.warm_start: {home.root} has no study {name!r}; it has {home.studies()}. Name "
             "one of these, or run it first"
         )
-    other = Study.model_validate_json(home.kept(name))
     if other.objectives != study.objectives:
         raise StudyError(
             f"search.warm_start: {name!r} measures {list(other.objectives)}, and this "

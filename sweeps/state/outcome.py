@@ -13,7 +13,7 @@ from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.state.racing import ArtifactLookup, Rivals, races, standing
 from ebbline.sweeps.state.replicates import seeds_needed, seeds_of
 from ebbline.sweeps.state.trials import Entry
-from ebbline.sweeps.study.points import Point, Result, StageName, ended
+from ebbline.sweeps.study.points import OUTDATED, Point, Result, StageName, ended
 from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_reason
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.in_use import DEFENCE
@@ -96,12 +96,18 @@ def results_of(
         return result_of(study, number, entries[number].point, own, lookup, reason, rivals)
 
     for number, entry in enumerate(entries):
-        if number in kept:
+        if number in kept and _lasts(entry, kept[number]):
             found[number] = kept[number]
         else:
             stages[number], invalid = stages_or_reason(graph, entry.point)
             failed = (entry.reason or "no reason was recorded") if entry.state == "failed" else ""
             found[number] = over(number, study.first_seeds, failed or invalid)
+            if entry.state == "done" and found[number].status == "running":
+                found[number] = (
+                    over(number, study.first_seeds, entry.lost)
+                    if entry.lost
+                    else replace(found[number], status="outdated", reason=OUTDATED)
+                )
         rivals.add(found[number])
         duplicates.add(found[number])
     for number, result in list(found.items()):
@@ -123,6 +129,13 @@ def results_of(
         lacking = entries[number].reason if seeds == most.get(number) else ""
         found[number] = replace(duplicates.marked(found[number]), reason=lacking)
     return list(found.values())
+
+
+def _lasts(entry: Entry, result: Result) -> bool:
+    """Whether a result of an earlier reading still stands: its point was not retried since."""
+    if result.status == "done":
+        return entry.state == "done"
+    return entry.state == "failed" and result.reason == (entry.reason or result.reason)
 
 
 def lasting_results(study: Study, results: Sequence[Result]) -> dict[int, Result]:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from ebbline.sweeps.dominance import non_dominated
-from ebbline.sweeps.study.points import Result, own_seeds
+from ebbline.sweeps.study.points import Result, distinct, own_seeds
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.measuring.metrics import Metric
 
@@ -55,10 +55,7 @@ def seeds_needed(
     if study.replicates.policy == "all":
         return needed
     for model in sorted({result.point.model for result in done}):
-        own = sorted(
-            (r for r in done if r.point.model == model and r.same_as is None),
-            key=lambda result: result.number,
-        )
+        own = distinct([result for result in done if result.point.model == model])
         for seeds in range(study.first_seeds, len(study.seeds)):
             # Each level uses the seeds that all points had at that level, so later seeds do not
             # change earlier decisions.

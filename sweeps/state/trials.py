@@ -23,6 +23,7 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from ebbline.sweeps.state.retried import RETRIES, latest, takes_a_place
 from ebbline.sweeps.study.adapters.branches import ADAPTER
 from ebbline.sweeps.study.axes import AxisValue, Range
 from ebbline.sweeps.study.changes import lasting
@@ -35,12 +36,18 @@ from ebbline.tasks.measuring.metrics import direction
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
-REASON, GAVE_UP, NOT_A_POINT = (
+REASON, GAVE_UP, LOST, NOT_A_POINT = (
     "reason",
     "gave_up",
+    "lost",
     "not_a_point",
 )  # study attributes of one trial, with its number
-SETTINGS, EXHAUSTED, WARMED = "settings", "exhausted", "warmed"  # study attributes
+SETTINGS, EXHAUSTED, WARMED, REVISED = (
+    "settings",
+    "exhausted",
+    "warmed",
+    "revised",
+)  # study attributes
 ERRORS, TAUGHT_BY, DRAWN = "standard_errors", "taught_by", "drawn"  # trial attributes
 MODEL = "model"
 REFUSAL_FLOOR, GPU_HOURS = "refusal_floor", "gpu_hours"  # names of constraints in Optuna
@@ -62,7 +69,7 @@ class Entry:
     how much it misses each constraint (at most 0 when it holds). `trial` is Optuna's trial number.
 
     `max_seeds` is the number of seeds that it can have after a further seed failed. `reason` says
-    why the seed or the point failed.
+    why the seed or the point failed, `lost` why a finished point could not be measured again.
     """
 
     trial: int
@@ -76,6 +83,13 @@ class Entry:
         default_factory=dict
     )  # what its sampler needs to replay the draw (see ebbline.sweeps.search.samplers)
     max_seeds: int | None = None
+    lost: str = ""
+    retried: int | None = None
+
+    @property
+    def place(self) -> int:
+        """Optuna's number of the trial that gives the point its number, also after a retry."""
+        return self.trial if self.retried is None else self.retried
 
     @property
     def feasible(self) -> bool:
@@ -101,10 +115,7 @@ class Trials:
         self._written = len(found)
         self._close_non_points(found)
         marks = self._optuna.user_attrs
-        self.entries = [
-            _entry(trial, marks)
-            for trial in own_trials(self._optuna.get_trials(deepcopy=False), marks)
-        ]
+        self.entries = entries_of(self._optuna.get_trials(deepcopy=False), marks)
         self.taught = [
             _entry(trial, marks)
             for trial in self._optuna.get_trials(deepcopy=False)
@@ -183,6 +194,42 @@ class Trials:
         entry = self.entries[number]
         self._optuna.set_user_attr(f"{GAVE_UP}:{entry.trial}", {"most": most, "reason": reason})
         self.entries[number] = replace(entry, max_seeds=most, reason=reason)
+
+    def lose(self, number: int, reason: str) -> None:
+        """Write why a finished point could not be measured again, or with "" that it was."""
+        entry = self.entries[number]
+        if entry.lost != reason:
+            self._optuna.set_user_attr(f"{LOST}:{entry.trial}", reason)
+            self.entries[number] = replace(entry, lost=reason)
+
+    def retry(self, number: int) -> None:
+        """Write that a failed point, or a further seed of a finished one, is tried again."""
+        entry = self.entries[number]
+        self.lose(number, "")
+        if entry.max_seeds is not None:
+            self._optuna.set_user_attr(f"{GAVE_UP}:{entry.trial}", {})
+            self.entries[number] = replace(self.entries[number], max_seeds=None, reason="")
+        if entry.state == "failed":
+            attributes = {
+                RETRIES: entry.place,
+                **({DRAWN: dict(entry.drawn)} if entry.drawn else {}),
+            }
+            trial = self._write(
+                create_trial(
+                    state=TrialState.RUNNING,
+                    user_attrs=attributes,
+                    **self.names.parameters(entry.point),
+                )
+            )
+            self.entries[number] = Entry(trial, entry.point, drawn=entry.drawn, retried=entry.place)
+
+    @property
+    def revised(self) -> bool:
+        """Whether the study was revised, so that stored values may be of other measurements."""
+        return bool(self._optuna.user_attrs.get(REVISED, False))
+
+    def revise(self) -> None:
+        self._optuna.set_user_attr(REVISED, True)
 
     def teach(self, name: str, found: Sequence[Entry]) -> None:
         """Write the measurements of another study, once: a second warm start adds nothing."""
@@ -350,14 +397,28 @@ def is_whole(trial: FrozenTrial, study: Study) -> bool:
 
 
 def own_trials(trials: Sequence[FrozenTrial], marks: Mapping[str, Any]) -> list[FrozenTrial]:
-    """The trials that are points of the study, without marked trials and those of other studies."""
+    """The trials that are points of the study, without marked trials, those of other studies, and
+    those of a retry.
+    """
     return [
         trial
         for trial in trials
         if trial.state != TrialState.WAITING
         and f"{NOT_A_POINT}:{trial.number}" not in marks
         and TAUGHT_BY not in trial.user_attrs
+        and not takes_a_place(trial)
     ]
+
+
+def entries_of(trials: Sequence[FrozenTrial], marks: Mapping[str, Any]) -> list[Entry]:
+    """The points of a study in the order of proposals, with the state of their last try."""
+    last = latest(trials)
+    found = []
+    for trial in own_trials(trials, marks):
+        entry = _entry(last.get(trial.number, trial), marks)
+        retried = trial.number if trial.number in last else None
+        found.append(replace(entry, retried=retried))
+    return found
 
 
 def _entry(trial: FrozenTrial, marks: Mapping[str, Any]) -> Entry:
@@ -372,6 +433,7 @@ def _entry(trial: FrozenTrial, marks: Mapping[str, Any]) -> Entry:
         current_reason(str(marks.get(f"{REASON}:{trial.number}", gave_up.get("reason", "")))),
         trial.user_attrs.get(DRAWN, {}),
         gave_up.get("most"),
+        current_reason(str(marks.get(f"{LOST}:{trial.number}", ""))),
     )
 
 
@@ -420,8 +482,9 @@ class Reader:
                 except KeyError:
                     return [], False
             marks = self._found.user_attrs
-            trials = own_trials(self._found.get_trials(deepcopy=False), marks)
-            entries = [_entry(trial, marks) for trial in trials if is_whole(trial, self._study)]
+            trials = self._found.get_trials(deepcopy=False)
+            whole = {trial.number for trial in trials if is_whole(trial, self._study)}
+            entries = [each for each in entries_of(trials, marks) if each.place in whole]
             return entries, marks.get(EXHAUSTED) == _exhausted(self._study, len(entries))
 
 

@@ -65,6 +65,43 @@ def rejections(before: _Dump, after: _Dump) -> Iterator[str]:
     )
 
 
+def revised(before: _Dump, after: _Dump) -> dict[str, Any]:
+    """The stored study with those changes that `ebbline run STUDY --change` accepts besides the
+    additions: further suites and judges, another `limit` of a suite, other content of a data set or
+    prompt set, and fewer `search.points`.
+
+    Existing points keep their numbers and settings; the stages that a change concerns run again.
+    """
+    found: dict[str, Any] = json.loads(json.dumps(before))
+    for part in ("suites", "judges"):
+        for name, new in after.get(part, {}).items():
+            old = found.setdefault(part, {}).setdefault(name, new)
+            if part == "suites" and "limit" in old["measure"] and "limit" in new["measure"]:
+                old["measure"]["limit"] = new["measure"]["limit"]
+            if part == "suites":
+                _take_content(old["prompts"], new["prompts"])
+    _take_content(found["data"], after["data"])
+    for name, model in found["models"].items():
+        for role in ("aligned", "unaligned"):
+            old, new = model.get(role), after["models"].get(name, {}).get(role)
+            if old and new and old.get("tuned") and new.get("tuned"):
+                _take_content(old["tuned"]["data"], new["tuned"]["data"])
+    points, fewer = found["search"]["points"], after["search"]["points"]
+    if points is not None and fewer is not None and fewer < points:
+        found["search"]["points"] = fewer
+    return found
+
+
+def _take_content(old: dict[str, Any], new: _Dump) -> None:
+    """Replace the digests of local content below `old` by those below `new`."""
+    for key, value in old.items():
+        other = new.get(key) if isinstance(new, Mapping) else None
+        if key == "path" and isinstance(value, dict) and isinstance(other, Mapping):
+            value["sha256"] = other["sha256"]
+        elif isinstance(value, dict) and isinstance(other, Mapping):
+            _take_content(value, other)
+
+
 def _model(name: str, before: _Dump, after: _Dump) -> Iterator[str]:
     old, new = before["models"][name], after["models"][name]
     own = {key: value for key, value in old.items() if key != "axes"}

@@ -24,10 +24,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.store.artifacts import Store
 from ebbline.cluster.store.retention import OWNERS
 from ebbline.sweeps.study.database import WAIT_HINT, Hold, PointDatabase, shared_url, sqlite_url
+from ebbline.sweeps.study.reading.field_faults import faults
+from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import read_profile
 from ebbline.tasks.errors import StudyError, StudyHeld
 from ebbline.tasks.files import write_whole
@@ -35,6 +39,7 @@ from ebbline.tasks.identity import digest
 from ebbline.tasks.paths import is_inside
 
 FILE = "file"
+SHOWN_FAULTS = 3  # of a stored study that cannot be read
 POINTS_NAME = "points_name"
 MIRROR_LOCK = Path("wandb", "mirror.lock")  # held by the W&B mirror of a study
 
@@ -80,6 +85,14 @@ class Home:
         path = self.path(name) / FILE
         return path.read_text() if is_plain(name) and path.is_file() else name
 
+    def run_from(self, file: Path) -> str | None:
+        """The study whose last run was from this file; None for another file."""
+        for name in self.studies():
+            path = self.path(name) / FILE
+            if path.is_file() and path.read_text() == str(file.resolve()):
+                return name
+        return None
+
     def keep_file(self, study: str, source: Path) -> None:
         """Record the file that a study is run from."""
         (self.folder(study) / FILE).write_text(str(source.resolve()))
@@ -91,7 +104,7 @@ class Home:
 
     def has_run(self, study: str) -> bool:
         """Whether a driver of this home has begun the study."""
-        return bool(self.kept(study))
+        return (self.path(study) / "study.json").exists()
 
     def require(self, study: str) -> None:
         """Check that the study exists, without making a folder for a mistyped name or home.
@@ -110,6 +123,32 @@ class Home:
         """The latest stored study as JSON, with its present name; empty before its first run."""
         path = self.path(study) / "study.json"
         return renamed(path.read_text("utf-8"), study) if path.exists() else ""
+
+    def begun(self, study: str) -> Study | None:
+        """The latest stored study; None before its first run.
+
+        Raises StudyError, which names the file, when it cannot be read.
+        """
+        path = self.path(study) / "study.json"
+        if not path.exists():
+            return None
+        file = path.with_name(FILE)
+        folder = Path(file.read_text()).parent if file.is_file() else Path.cwd()
+        try:
+            text = self.kept(study)
+            return Study.model_validate_json(text, context={"folder": folder})
+        except (ValidationError, UnicodeDecodeError, OSError) as error:
+            lines = (
+                [f"  {line}" for line in faults(error, Study)]
+                if isinstance(error, ValidationError)
+                else [f"  {error}"]
+            )
+            raise StudyError(
+                f"{path} cannot be read ({type(error).__name__}):\n"
+                + "\n".join(lines[:SHOWN_FAULTS])
+                + "\nRestore the file, or move the study's folder away if nobody needs its "
+                "results. Other studies of this home are not affected"
+            ) from None
 
     def keep(self, study: str, text: str) -> None:
         """Store a study's JSON atomically (see ebbline.sweeps.study.view)."""

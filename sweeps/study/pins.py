@@ -13,15 +13,24 @@ from typing import Any
 from ebbline.sweeps.study.reading.row_sets import row_sets
 from ebbline.sweeps.study.references import Hub, Local
 from ebbline.sweeps.study.study import Study
-from ebbline.sweeps.study.study_file import parse, shipped, source_of, with_pins
+from ebbline.sweeps.study.study_file import (
+    differences_but_pins,
+    parse,
+    shipped,
+    source_of,
+    with_pins,
+)
 from ebbline.tasks.errors import DataError, EbblineError, EvaluationError, PinError, StudyError
 from ebbline.tasks.files import write_whole
 from ebbline.tasks.identity import digest
 from ebbline.tasks.specs import Frozen
 
 
-def pin_study(name: str, to: Path) -> Iterator[str]:
+def pin_study(name: str, to: Path, update: bool = False) -> Iterator[str]:
     """Write the study to `to` with every pin that can be computed; yield a line for each.
+
+    With `update`, `to` may exist: its pins of local files and folders that changed are replaced,
+    and nothing else of it. A pin of the hub stays, because it names a commit.
 
     Relative paths start at the new file's folder. Raises StudyError when `to` is another existing
     file, and DataError, before anything is written, for rows that a stage could not read. Raises
@@ -30,20 +39,25 @@ def pin_study(name: str, to: Path) -> Iterator[str]:
     source = source_of(name)
     text = source.read_text("utf-8")
     if to.exists() and to.resolve() != source.resolve():
-        raise StudyError(
-            f"{to} exists; to add the pins that it lacks, run `ebbline pin {to} --to {to}`"
-        )
+        if not update:
+            raise StudyError(
+                f"{to} exists; to add the pins that it lacks, run `ebbline pin {to} --to {to}`, "
+                f"and to pin files that changed anew, add --update"
+            )
+        text = _text_to_update(source, to)
     study = parse(to, text)
     require_rows(study)
     pins, failed = {}, []
-    for where, reference in unpinned(study):
+    for where, reference in references(study) if update else unpinned(study):
         try:
-            pins[where] = (
-                hub_pin(reference, where) if isinstance(reference, Hub) else local_pin(reference)
-            )
+            pin = _pin(where, reference)
+            if pin is None:
+                continue
+            pins[where] = pin
+            before = f"{reference.sha256[:12]} -> " if reference.sha256 is not None else ""
             yield (
                 f"{where}: "
-                f"{' '.join(f'{field} {value[:12]}' for field, value in pins[where].items())}"
+                f"{' '.join(f'{field} {before}{value[:12]}' for field, value in pin.items())}"
             )
         except EbblineError as error:
             failed.append(f"  {where}: {error}")
@@ -55,6 +69,27 @@ def pin_study(name: str, to: Path) -> Iterator[str]:
             + "\n".join(failed)
             + f"\nCorrect them, then run `ebbline pin {to} --to {to}`."
         )
+
+
+def _pin(where: str, reference: Local | Hub) -> dict[str, str] | None:
+    """The pin that a reference lacks, or that replaces one of changed local content; else None."""
+    if isinstance(reference, Hub):
+        pinned = reference.sha256 is not None and reference.commit is not None
+        return None if pinned else hub_pin(reference, where)
+    found = local_pin(reference)
+    return None if found["sha256"] == reference.sha256 else found
+
+
+def _text_to_update(source: Path, to: Path) -> str:
+    """The text of an existing pinned file. Raises StudyError when it is no copy of the source."""
+    apart = differences_but_pins(to, source)
+    if apart:
+        lines = "\n".join(f"  {line}" for line in apart[:5])
+        raise StudyError(
+            f"{to} has other settings than {source}, and --update changes pins only:\n{lines}\n"
+            f"To update its own pins, run `ebbline pin {to} --update`"
+        )
+    return to.read_text("utf-8")
 
 
 def require_rows(study: Study) -> None:

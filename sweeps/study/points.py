@@ -131,8 +131,12 @@ def keys_of(keys: Mapping[str, str], part: str, seed: int) -> list[str]:
     return [key for _, key in own]
 
 
-Status = Literal["done", "running", "failed", "invalid", "skipped"]
-STATUSES: tuple[Status, ...] = ("done", "running", "failed", "invalid", "skipped")
+Status = Literal["done", "running", "failed", "invalid", "skipped", "outdated"]
+STATUSES: tuple[Status, ...] = ("done", "running", "failed", "invalid", "skipped", "outdated")
+OUTDATED = (
+    "it was measured before, and the store does not have its stages under their present keys; "
+    "after an upgrade, a change or a removal the next run measures it again"
+)
 INVALID = "invalid: "  # prefix of the reason of an invalid point
 _RERUN_BEFORE = re.compile(r"\bpython -m (?:tasks|cluster\.again) ")
 _INVALID_BEFORE = "refused: "  # the prefix in homes of earlier versions
@@ -165,7 +169,8 @@ class Result:
     or `reason` when it has none.
 
     `same_as` is the number of an earlier point with equal adapters, measured by the same stages. A
-    `skipped` point was proposed when the budget ended; it continues when the budget is raised.
+    `skipped` point was proposed when the budget ended; it continues when the budget is raised. An
+    `outdated` one was measured, and the store lacks its stages under their present keys.
 
     `changed_share` is the share of modules that the defence changed.
 
@@ -184,6 +189,17 @@ class Result:
     changed_share: float | None = None
     costs: Mapping[str, Cost] = field(default_factory=dict)
     same_as: int | None = None
+
+
+def distinct(results: Sequence[Result]) -> list[Result]:
+    """The results by number without those that equal an earlier one of them (`same_as`).
+
+    The point that `same_as` names need not be here: it may belong to another model.
+    """
+    first: dict[int, Result] = {}
+    for result in sorted(results, key=lambda result: result.number):
+        first.setdefault(result.number if result.same_as is None else result.same_as, result)
+    return list(first.values())
 
 
 def is_as_trained(result: Result) -> bool:

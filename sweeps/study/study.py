@@ -388,9 +388,11 @@ class Study(Frozen):
             raise ValueError(
                 "search.sampler: a grid needs every axis as a list, and one is a {low, high} range"
             )
-        whole = self.search.sampler is None and self.size is not None
-        if sampler not in ("grid", "list") and self.search.points is None and not whole:
-            raise ValueError(f"search.points: the sampler {sampler!r} needs the number of points")
+        if sampler not in ("grid", "list") and self.search.points is None and self.size is None:
+            raise ValueError(
+                f"search.points: the sampler {sampler!r} needs the number of points, because an "
+                "axis is a range without a step"
+            )
         return self
 
     @model_validator(mode="after")

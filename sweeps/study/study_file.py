@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from ebbline.cluster.profile import Profile
+from ebbline.sweeps.study.changes import differences
 from ebbline.sweeps.study.reading.field_faults import faults, lines_of, unknown, with_lines
 from ebbline.sweeps.study.references import Local, Tuned
 from ebbline.sweeps.study.study import Study
@@ -131,10 +132,7 @@ def read_profile(path: Path) -> Profile:
 
 def _read(path: Path, model: type[M], what: str, text: str | None = None) -> M:
     written = path.read_text("utf-8") if text is None else text
-    try:
-        raw = yaml.load(written, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
-        raise StudyError(f"{path} is not valid YAML: {error}") from error
+    raw = _raw(path, written)
     if not isinstance(raw, dict):
         raise StudyError(f"{path} must be a mapping with the keys {sorted(model.model_fields)}")
     folder = path.resolve().parent
@@ -156,6 +154,13 @@ def checked(
     except ValidationError as error:
         lines = faults(error, model, raw, lines_of(written))
         raise StudyError(f"{fault}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def _raw(path: Path, text: str | None = None) -> Any:
+    try:
+        return yaml.load(path.read_text("utf-8") if text is None else text, Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        raise StudyError(f"{path} is not valid YAML: {error}") from error
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -236,6 +241,17 @@ def with_name(text: str, name: str) -> str:
         f"{text[: value.start_mark.index]}{name if plain else json.dumps(name)}"
         f"{text[value.end_mark.index :]}"
     )
+
+
+def differences_but_pins(first: Path, second: Path) -> list[str]:
+    """What two study files say differently, a line each; pins do not count."""
+    return list(differences(*(_without_pins(_raw(path)) for path in (first, second))))
+
+
+def _without_pins(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_pins(v) for k, v in value.items() if k not in ("sha256", "commit")}
+    return [_without_pins(item) for item in value] if isinstance(value, list) else value
 
 
 def with_pins(text: str, pins: Mapping[str, Mapping[str, str]]) -> str:

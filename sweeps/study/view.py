@@ -7,10 +7,11 @@ changes.
 import json
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from ebbline.sweeps.study.changes import differences, lasting, rejections
+from ebbline.sweeps.study.changes import differences, lasting, rejections, revised
 from ebbline.sweeps.study.database import PointDatabase
-from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.home import Home, is_plain
 from ebbline.sweeps.study.pins import require_pins
 from ebbline.sweeps.study.policies import Sampler
 from ebbline.sweeps.study.space import limit
@@ -24,7 +25,8 @@ from ebbline.tasks.identity import digest
 class StudyView:
     """A study as it continues in a home.
 
-    `extend` accepts additions to the stored study (see ebbline.sweeps.study.changes). `name` is the
+    `extend` accepts additions to the stored study, `change` also the changes after which stages of
+    existing points run again (see ebbline.sweeps.study.changes). `name` is the
     study's name on the command line, and `source` the argument of
     ebbline.sweeps.study.study_file.load. With `located` false, pins of outside content are used
     without looking for the content.
@@ -36,25 +38,48 @@ class StudyView:
         home: Home,
         *,
         extend: bool = False,
+        change: bool = False,
         name: str = "",
         source: str = "",
         located: bool = True,
     ) -> None:
         """Raises StudyError when the study was begun as a grid and now has a range."""
         self.study, self.home = _continued(study, home), home
-        self.extend, self.located = extend, located
+        self.extend, self.change, self.located = extend or change, change, located
         self.name = name or study.study
         self.source = source or self.name
 
     @classmethod
-    def open(cls, root: Path, name: str, extend: bool = False) -> "StudyView":
+    def open(cls, root: Path, name: str, extend: bool = False, change: bool = False) -> "StudyView":
         """The study of that name or file, in the home at a path. Raises StudyError."""
         home = Home(root)
         source = home.named(name)
         study = load(source)
         if source != name:  # a study that was renamed since its file was written
             study = study.model_copy(update={"study": name})
-        return cls(study, home, extend=extend, name=name, source=source)
+        return cls(study, home, extend=extend, change=change, name=name, source=source)
+
+    @classmethod
+    def begun(cls, root: Path, name: str) -> "StudyView":
+        """The study as its last run stored it, whatever its file and its inputs are now; the file's
+        study before its first run. Raises StudyError.
+        """
+        home = Home(root)
+        own = _study_of(home, name)
+        study = None if own is None else home.begun(own)
+        if study is None:
+            return cls.open(root, name)
+        return cls(study, home, name=name, source=home.named(name), located=False)
+
+    def edited(self) -> list[str]:
+        """What the study's file says now that the stored study does not, a line each."""
+        try:
+            now = load(self.source)
+        except StudyError as error:
+            return [str(error)]
+        if now.study != self.study.study or not self.home.has_run(now.study):
+            return []
+        return StudyView(now, self.home).changed()
 
     def unlocated(self) -> "StudyView":
         """The same study for readers that only need keys, without looking for outside content."""
@@ -98,10 +123,11 @@ class StudyView:
             lines = "\n".join(f"  {line}" for line in changed[:10])
             hint = (
                 ""
-                if self.extend
+                if self.change
                 else (
                     " If the changes only add points, values of an axis, seeds or a size, "
-                    "`--extend` continues the study."
+                    "`--extend` continues the study. With another suite, limit or content of a "
+                    "file, `--change` continues it, and runs again what the change concerns."
                 )
             )
             raise StudyError(
@@ -116,15 +142,30 @@ class StudyView:
         """The changes since the study was begun in this home, a line each; empty when it is new.
         With `extend`, only the changes that an extension may not make.
         """
-        kept = self.home.kept(self.study.study)
-        if not kept:
+        begun = self.home.begun(self.study.study)
+        if begun is None:
             return []
-        now = lasting(self.study.model_dump(mode="json"))
-        begun = Study.model_validate_json(kept)
-        before = lasting(_with_sampler(begun.sampler, begun).model_dump(mode="json"))
+        before, now = self._dumps(begun)
         if self.extend:
             before["search"]["points"] = limit(begun)  # also when the file gives no number
+        if self.change:
+            before = revised(before, now)
         return list(rejections(before, now) if self.extend else differences(before, now))
+
+    def revisions(self) -> list[str]:
+        """The changes after which stages of existing points run again, a line each; only with
+        `change`.
+        """
+        begun = self.home.begun(self.study.study)
+        if begun is None or not self.change:
+            return []
+        before, now = self._dumps(begun)
+        return list(differences(before, revised(before, now)))
+
+    def _dumps(self, begun: Study) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The lasting parts of the stored study and of this one."""
+        before = lasting(_with_sampler(begun.sampler, begun).model_dump(mode="json"))
+        return before, lasting(self.study.model_dump(mode="json"))
 
     def freeze(self) -> None:
         """Store the study in its home, with the name of its sampler, its latest budget and its
@@ -136,14 +177,31 @@ class StudyView:
         self.home.keep(self.study.study, json.dumps(self.study.model_dump(mode="json"), indent=1))
 
 
+def _study_of(home: Home, name: str) -> str | None:
+    """The study of a home that an argument of the command line names: by its name, by its file, or
+    by the file of its last run when that cannot be read any more. None for another.
+
+    Raises StudyError for a file that cannot be read and was not run here.
+    """
+    if is_plain(name) and home.has_run(name):
+        return name
+    try:
+        own = load(name).study
+    except StudyError:
+        last = home.run_from(Path(name))
+        if last is None:
+            raise
+        return last
+    return own if home.has_run(own) else None
+
+
 def _continued(study: Study, home: Home) -> Study:
     """The study with a named sampler: the file's, else the stored one, else the default for a new
     study.
     """
     if study.search.sampler is not None:
         return study
-    kept = home.kept(study.study)
-    sampler = (Study.model_validate_json(kept) if kept else study).sampler
+    sampler = (home.begun(study.study) or study).sampler
     if sampler == "grid" and not study.has_grid:
         raise StudyError(
             f"{study.study!r} was begun with the grid sampler, which cannot use a {{low, high}} "

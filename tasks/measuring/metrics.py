@@ -42,7 +42,7 @@ DIRECTIONS: dict[str, Direction] = {
 @dataclass(frozen=True)
 class Metric:
     """A rate over `n` samples with its 95% Wilson interval, or the mean of scores in [0, 1] with
-    its 95% normal interval.
+    its 95% normal interval. No interval is a single value.
 
     `successes` is the sum of the decided samples' scores; `squares`, for a mean only, the sum of
     their squares. `undecided` counts the samples, among n, that a scorer could not judge: they are
@@ -104,7 +104,7 @@ class Metric:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95% interval: Wilson's score interval for a rate (Wilson 1927), for a mean the normal
-        interval clipped to [0, 1].
+        interval clipped to [0, 1], and for equal scores Wilson's bound on scores that differ.
 
         The lower end counts every undecided sample as a failure, the upper end as a success.
         """
@@ -123,7 +123,12 @@ class Metric:
         z, n = float(norm.ppf(0.5 + confidence / 2)), self.items
         if self.squares is not None:
             reach = z * self._stderr_with(more)
-            return max(0.0, share - reach), min(1.0, share + reach)
+            if reach > _ROUNDING:
+                return max(0.0, share - reach), min(1.0, share + reach)
+            # Equal scores have no spread. The share of other scores was 0 of n, and Wilson's bound
+            # of that is `other`; such scores are between 0 and 1.
+            other = z * z / (n + z * z)
+            return share * (1 - other), share + (1 - share) * other
         # scipy accepts integer counts only. A mean over seeds has fractions.
         centre = (share + z * z / (2 * n)) / (1 + z * z / n)
         reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))

@@ -280,6 +280,7 @@ def test_the_summary_is_json(study: Study, results: list[Result], baselines: Bas
         "failed": 1,
         "invalid": 0,
         "skipped": 0,
+        "outdated": 0,
     }
     assert 0 < found["hypervolume"] < 1
     assert {"number", "model", "metrics", "train.rank"} <= set(found["frontier"][0])

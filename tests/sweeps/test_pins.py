@@ -13,10 +13,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from ebbline.cli import app
+from ebbline.sweeps.study.pins import pin_study
 from ebbline.sweeps.study.study_file import parse, shipped, with_pins
 from ebbline.tasks.errors import StudyError
-from ebbline.tasks.identity import digest
+from ebbline.tasks.identity import content_digest, digest
+from tests.sweeps.made import changed
+from tests.sweeps.pretended import changes
 
 COMMIT = "c" * 40
 FILES = {"config.json": "b" * 40, "model.safetensors": "a" * 64}
@@ -171,3 +176,49 @@ def test_pins_change_nothing_else_in_the_text_or_in_what_other_readers_load() ->
     before["models"]["7b"]["base"]["hub"] |= pins["models.7b.base.hub"]
     before["models"]["7b"]["aligned"]["hub"] |= pins["models.7b.aligned.hub"]
     assert after == before
+
+
+def test_update_pins_anew_what_changed_on_this_machine_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    whole = changed(changes(tmp_path))
+    whole["models"].pop("70b")
+    hub = {"hub": {"id": "org/model", "commit": COMMIT, "sha256": "e" * 64}}
+    whole["models"]["7b"]["aligned"] = hub
+    path.write_text("# a comment\n" + yaml.safe_dump(whole, sort_keys=False))
+    before = path.read_text()
+    assert list(pin_study(str(path), path, update=True)) == [] and path.read_text() == before
+    (tmp_path / "pool.jsonl").write_text('{"instruction": "Which marsh?", "output": "This."}')
+    fresh = content_digest(tmp_path / "pool.jsonl")
+    (line,) = pin_study(str(path), path, update=True)
+    assert line.startswith("data.pool.path: sha256 ") and line.endswith(f" -> {fresh[:12]}")
+    after = path.read_text()
+    apart = list(zip(before.splitlines(), after.splitlines(), strict=True))
+    assert len([pair for pair in apart if pair[0] != pair[1]]) == 1
+    study = parse(path)
+    assert study.data.pool.path is not None and study.data.pool.path.sha256 == fresh
+
+
+def test_update_writes_over_a_pinned_copy_and_over_no_other_file(tmp_path: Path) -> None:
+    source, to = tmp_path / "mine.yaml", tmp_path / "pinned.yaml"
+    whole = changed(changes(tmp_path))
+    source.write_text(yaml.safe_dump(whole, sort_keys=False))
+    list(pin_study(str(source), to))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Which marsh?", "answer": "This."}')
+    with pytest.raises(StudyError, match="exists; .* add --update"):
+        list(pin_study(str(source), to))
+    lines = list(pin_study(str(source), to, update=True))
+    assert [line.partition(":")[0] for line in lines] == [
+        "suites.refusal.prompts.path",
+        "suites.task.prompts.path",
+    ]
+    to.write_text(to.read_text().replace("question: How far?", "question: How much further?"))
+    kept = to.read_text()
+    with pytest.raises(StudyError, match=r"(?s)question: .* `ebbline pin .*pinned\.yaml --update`"):
+        list(pin_study(str(source), to, update=True))
+    assert to.read_text() == kept
+
+
+def test_pin_needs_a_place_for_a_study_that_ships() -> None:
+    for arguments in (["pin", "quickstart"], ["pin", "quickstart", "--update"]):
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 2 and "--to" in done.output

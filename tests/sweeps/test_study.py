@@ -115,7 +115,13 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
             r"objectives: duplicate objective in ",
         ),
         ({"search": {"sampler": "list"}}, r"search\.list: "),
-        ({"search": {"sampler": "tpe"}}, r"search\.points: "),
+        (
+            {
+                "search": {"sampler": "tpe"},
+                "axes": {"apply.threshold": {"low": 0.1, "high": 0.9}},
+            },
+            r"search\.points: the sampler 'tpe' needs the number of points",
+        ),
         (
             {"axes/train.rank": {"low": 2, "high": 8, "step": 2}},
             r"search\.sampler: a grid needs every axis as a list",

@@ -218,3 +218,12 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     for read in (read_metrics, read_samples):
         with pytest.raises(EvaluationError, match="cannot be read"):
             read(tmp_path)
+
+
+@given(st.floats(0.0, 1.0, width=16), st.integers(1, 60), st.integers(1, 3))
+def test_equal_scores_have_an_interval_with_a_width(score, items, seeds):
+    one = Metric.of("rouge_l", [score] * items)
+    for metric in (one, pooled([one] * seeds)):
+        low, high = metric.interval
+        assert 0 <= low <= metric.value + 1e-9 and metric.value - 1e-9 <= high <= 1
+        assert high - low > 0.9 * 3.84 / (items + 3.84)

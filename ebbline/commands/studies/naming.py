@@ -10,7 +10,7 @@ from ebbline.analysis.results.wording import size_label
 from ebbline.analysis.wandb.memory import Memory
 from ebbline.cluster.store.retention import Survey
 from ebbline.commands.project import progress_bar
-from ebbline.commands.store import all_needed, needed_by, studies_of
+from ebbline.commands.store import all_needed, needs_of_studies
 from ebbline.commands.studies.listing import folder_bytes
 from ebbline.sweeps.state.home_studies import remove, rename, require_free, require_removable
 from ebbline.sweeps.study.home import Home
@@ -129,9 +129,11 @@ def _freed(home: Home, name: str) -> int | str:
     try:
         with progress_bar("looking") as progress:
             survey = Survey(home.store, progress)
-            needed = {each: needed_by(study, home) for each, study in studies_of(home).items()}
+            needed, unknown = needs_of_studies(home)
     except EbblineError as error:
         return str(error).splitlines()[0]
+    if unknown:
+        return f"it is unknown what {', '.join(sorted(unknown))} needs"
     if survey.owners - {home.id}:
         return "other homes use this store"
     others = all_needed(own for each, own in needed.items() if each != name)
