@@ -43,7 +43,9 @@ app = typer.Typer(
 )
 
 
-@app.command(rich_help_panel=STUDY_PANEL, short_help="List the studies that ship with ebbline")
+@app.command(
+    rich_help_panel=STUDY_PANEL, short_help="Write a study about your own model, data and prompts"
+)
 @explained
 def new(
     model: Annotated[
@@ -106,7 +108,7 @@ def new(
     new_study(given, to, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=STUDY_PANEL, short_help="List the studies that ship with ebbline")
 @explained
 def studies(as_json: JsonOption = False) -> None:
     """List the studies that ship with ebbline."""

@@ -15,7 +15,6 @@ from ebbline.analysis.report.findings import figures_of, findings
 from ebbline.analysis.report.provenance import provenance
 from ebbline.analysis.report.report import write_report
 from ebbline.analysis.results.adapter_notes import adapter_notes
-from ebbline.analysis.results.choices import chosen
 from ebbline.analysis.results.collect import (
     StoredEvidence,
     artifacts_behind,
@@ -25,6 +24,7 @@ from ebbline.analysis.results.collect import (
 )
 from ebbline.analysis.results.costs import cost_rows, prediction_rows
 from ebbline.analysis.results.measurements import NO_EVIDENCE
+from ebbline.analysis.results.picks.choices import chosen
 from ebbline.analysis.results.tables import (
     categories_frame,
     results_frame,

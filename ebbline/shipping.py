@@ -16,8 +16,8 @@ from typing import Any
 
 from ebbline.analysis.paper.card import ALIGNED, base_name, card, hub_base
 from ebbline.analysis.results.collect import baselines, prompt_sets
-from ebbline.analysis.results.floors import Pick
-from ebbline.analysis.results.picked import picked_json
+from ebbline.analysis.results.picks.floors import Pick
+from ebbline.analysis.results.picks.picked import picked_json
 from ebbline.base_model import aligned_model
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.state.outcome import changed_share

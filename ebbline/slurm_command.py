@@ -4,12 +4,14 @@ from typing import Annotated
 
 import typer
 
-from ebbline.options import DEFAULT_HOME, HomeOption, JsonOption, StudyName, explained
+from ebbline.options import DEFAULT_HOME, STUDY_PANEL, HomeOption, JsonOption, StudyName, explained
 
 slurm_app = typer.Typer()
 
 
-@slurm_app.command()
+@slurm_app.command(
+    rich_help_panel=STUDY_PANEL, short_help="Write and submit a Slurm job that runs it to its end"
+)
 @explained
 def slurm(
     study: StudyName,

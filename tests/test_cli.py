@@ -92,7 +92,7 @@ def commands() -> dict[str, Any]:
 
 
 HELP = {
-    "A study, in the order of use": "studies validate pin plan run status dashboard",
+    "A study, in the order of use": "new studies validate pin plan run slurm status dashboard",
     "Its outcome": "report pick compare papers export sync wandb-workspace",
     "Single tools, without a study": "project evaluate rescore rerun prompts",
     "Upkeep": "ls doctor study store",

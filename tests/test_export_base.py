@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from typer.testing import Result as CommandResult
 
 from ebbline.analysis.paper import card
-from ebbline.analysis.results.choices import FILE, chosen
 from ebbline.analysis.results.collect import collect
+from ebbline.analysis.results.picks.choices import FILE, chosen
 from ebbline.cli import app
 from ebbline.cluster.executors.inline import InlineExecutor
 from ebbline.sweeps.drive.loop import drive

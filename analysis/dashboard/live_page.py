@@ -19,7 +19,6 @@ from pydantic import ValidationError
 
 from ebbline.analysis.figures.drawing import looks
 from ebbline.analysis.figures.gantt import colours, lanes_of
-from ebbline.analysis.results.choices import chosen
 from ebbline.analysis.results.collect import Follower
 from ebbline.analysis.results.costs import cost_label, point_costs
 from ebbline.analysis.results.frontier import (
@@ -29,6 +28,7 @@ from ebbline.analysis.results.frontier import (
     frontier_hypervolume,
 )
 from ebbline.analysis.results.measurements import is_projected
+from ebbline.analysis.results.picks.choices import chosen
 from ebbline.analysis.results.wording import (
     NO_RESULT,
     directed_label,

@@ -10,9 +10,9 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from ebbline.analysis.results.collect import SuitePrompts
-from ebbline.analysis.results.floors import METHOD, Pick, spread_known
 from ebbline.analysis.results.measurements import usefulness_metric
-from ebbline.analysis.results.picked import in_words, lines_of, named
+from ebbline.analysis.results.picks.floors import METHOD, Pick, spread_known
+from ebbline.analysis.results.picks.picked import in_words, lines_of, named
 from ebbline.analysis.results.wording import (
     directed_label,
     measured,

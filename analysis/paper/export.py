@@ -30,9 +30,9 @@ from ebbline.analysis.paper.latex import (
 )
 from ebbline.analysis.paper.methods import methods
 from ebbline.analysis.report.provenance import Provenance, provenance
-from ebbline.analysis.results.choices import chosen
 from ebbline.analysis.results.collect import artifacts_behind, baselines, collect, costs_before
 from ebbline.analysis.results.measurements import Baselines, refusal_metric, usefulness_metric
+from ebbline.analysis.results.picks.choices import chosen
 from ebbline.analysis.results.tables import results_frame, write_tables
 from ebbline.analysis.results.wording import without_paths
 from ebbline.cluster.schedule.costs import Cost

@@ -12,7 +12,6 @@ from typing import Any, Final, Literal, TypeVar
 from ebbline.analysis.paper.card import model_origin
 from ebbline.analysis.paper.published import PUBLISHED, Published
 from ebbline.analysis.results.collect import SuitePrompts
-from ebbline.analysis.results.floors import Floor, pick
 from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.measurements import (
     Baselines,
@@ -20,6 +19,7 @@ from ebbline.analysis.results.measurements import (
     unprojected,
     usefulness_metric,
 )
+from ebbline.analysis.results.picks.floors import Floor, pick
 from ebbline.analysis.results.wording import (
     axis_label,
     measured,

@@ -97,8 +97,8 @@ def write_report(
             make("the report's first sentence", lambda: verdict(study, results, found.lines))
             or "The first sentence could not be made."
         ),
-        "answers": (
-            make("the table of answers", lambda: answer_cells(study, results, found.lines)) or []
+        "answers": _frame(
+            make("the table of answers", lambda: answer_cells(study, results, found.lines))
         ),
         "effects": (
             make(

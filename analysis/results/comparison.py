@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ebbline.analysis.results.floors import Floor, Pick, pick
 from ebbline.analysis.results.frontier import finished, frontier_hypervolume, hypervolume
 from ebbline.analysis.results.measurements import (
     Comparison,
@@ -24,6 +23,7 @@ from ebbline.analysis.results.measurements import (
     compared,
     measurement,
 )
+from ebbline.analysis.results.picks.floors import Floor, Pick, pick
 from ebbline.analysis.results.statistics import SHARES
 from ebbline.analysis.results.wording import natural
 from ebbline.sweeps.study.points import Point, Result, Value, brought, distinct

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from ebbline.analysis.results.floors import Floor, pick
+from ebbline.analysis.results.picks.floors import Floor, pick
 from ebbline.analysis.results.statistics import (
     SHARES,
     Agreement,
@@ -235,8 +235,8 @@ def operating_point(
 ) -> tuple[Result, bool] | None:
     """The projected result to ship, and whether it holds the refusal floor.
 
-    It follows ebbline.analysis.results.floors.pick, restricted to projected results: `ebbline pick`
-    itself may name an unprojected one. None where nothing is projected.
+    It follows ebbline.analysis.results.picks.floors.pick, restricted to projected results:
+    `ebbline pick` itself may name an unprojected one. None where nothing is projected.
     """
     found = pick(
         [r for r in results if is_projected(r)],

@@ -19,9 +19,9 @@ from ebbline.analysis.results.comparison import (
     Volumes,
     study_comparison,
 )
-from ebbline.analysis.results.floors import Floor
 from ebbline.analysis.results.measurements import Comparison
-from ebbline.analysis.results.picked import in_words, missed_by, named
+from ebbline.analysis.results.picks.floors import Floor
+from ebbline.analysis.results.picks.picked import in_words, missed_by, named
 from ebbline.analysis.results.tables import in_points
 from ebbline.analysis.results.wording import directed_label, metric_label, percent, undecided_label
 from ebbline.cluster.store.resolver import Resolver

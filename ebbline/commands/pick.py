@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ebbline.analysis.results.choices import record_choices
 from ebbline.analysis.results.collect import StoredEvidence, baselines, collect
-from ebbline.analysis.results.floors import METHOD, Floor, Pick, of_seed, pick, slack
 from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.measurements import usefulness_metric
-from ebbline.analysis.results.picked import (
+from ebbline.analysis.results.picks.choices import record_choices
+from ebbline.analysis.results.picks.floors import METHOD, Floor, Pick, of_seed, pick, slack
+from ebbline.analysis.results.picks.picked import (
     Gain,
     gain_of,
     in_words,

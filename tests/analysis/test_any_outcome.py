@@ -13,10 +13,10 @@ from ebbline.analysis.paper.latex import before_after_frame, before_after_table,
 from ebbline.analysis.report.attempts import Attempts
 from ebbline.analysis.report.findings import figures_of, findings, pictures_of
 from ebbline.analysis.report.report import summary, write_report
-from ebbline.analysis.results.floors import Floor, pick
 from ebbline.analysis.results.frontier import frontier, frontier_by_model
 from ebbline.analysis.results.measurements import NO_EVIDENCE, Baselines
-from ebbline.analysis.results.picked import gain_of, lines_of, picked_json, values_of_pick
+from ebbline.analysis.results.picks.floors import Floor, pick
+from ebbline.analysis.results.picks.picked import gain_of, lines_of, picked_json, values_of_pick
 from ebbline.analysis.results.retrying import advice, retry_hint
 from ebbline.analysis.results.tables import categories_frame, frontier_text, results_frame
 from ebbline.commands.status import without_result

@@ -18,7 +18,7 @@ from ebbline.analysis.results.comparison import (
     study_comparison,
     volumes,
 )
-from ebbline.analysis.results.floors import Floor
+from ebbline.analysis.results.picks.floors import Floor
 from ebbline.cli import app
 from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.study import Study

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from ebbline.analysis.results.floors import (
+from ebbline.analysis.results.measurements import operating_point
+from ebbline.analysis.results.picks.floors import (
     Floor,
     bound,
     floor_confidence,
@@ -18,7 +19,6 @@ from ebbline.analysis.results.floors import (
     slack,
     spread_known,
 )
-from ebbline.analysis.results.measurements import operating_point
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.measuring.metrics import Metric, pooled

@@ -24,6 +24,7 @@ from ebbline.tasks.models.memory import Shape
 from ebbline.tasks.models.model_work import model_shape
 from ebbline.tasks.models.sizes import PRETRAINING_ROWS, named_shape, organism_shape
 from ebbline.tasks.specs import (
+    AdapterSpec,
     ApplySpec,
     ConvertSpec,
     DataSpec,
@@ -67,6 +68,7 @@ def one_of_each() -> list[Stage]:
         Stage(ConvertSpec(), {"source": Source("g", "/models/SmolLM2-135M-Instruct.Q4_1.gguf")}),
         ROWS.stage,
         trained,
+        Stage(AdapterSpec(), {"source": Source("a", "/adapters/mine"), "model": SEVEN_B}),
         Stage(
             SubspaceSpec(energy=0.9, target_modules=("q_proj",)),
             {"base": SEVEN_B, "aligned": SEVEN_B},

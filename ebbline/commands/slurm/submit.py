@@ -62,7 +62,7 @@ def submit_study(
         _print(as_json, {"script": text}, text.rstrip("\n"))
         return
     _require_no_job(view)
-    (view.folder / "log").mkdir(exist_ok=True)
+    (view.home.folder(view.study.study) / "log").mkdir(exist_ok=True)
     write_whole(path, lambda fresh: fresh.write_text(text))
     number = _sbatch(path) if submit else None
     if number is not None:

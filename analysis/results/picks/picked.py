@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ebbline.analysis.results.floors import CONFIDENCE, Floor, Pick, bound, floor_confidence, slack
 from ebbline.analysis.results.measurements import (
     NO_EVIDENCE,
     Comparison,
@@ -12,6 +11,14 @@ from ebbline.analysis.results.measurements import (
     compared,
     pairs_with_aligned,
     usefulness_metric,
+)
+from ebbline.analysis.results.picks.floors import (
+    CONFIDENCE,
+    Floor,
+    Pick,
+    bound,
+    floor_confidence,
+    slack,
 )
 from ebbline.analysis.results.tables import in_points
 from ebbline.analysis.results.wording import measured, metric_label, percent, settings_label
