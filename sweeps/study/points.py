@@ -133,10 +133,7 @@ def keys_of(keys: Mapping[str, str], part: str, seed: int) -> list[str]:
 
 Status = Literal["done", "running", "failed", "invalid", "skipped", "outdated"]
 STATUSES: tuple[Status, ...] = ("done", "running", "failed", "invalid", "skipped", "outdated")
-OUTDATED = (
-    "it was measured before, and the store does not have its stages under their present keys; "
-    "after an upgrade, a change or a removal the next run measures it again"
-)
+OUTDATED = "it was measured under keys that an upgrade, a change of the study or a removal replaced"
 INVALID = "invalid: "  # prefix of the reason of an invalid point
 _RERUN_BEFORE = re.compile(r"\bpython -m (?:tasks|cluster\.again) ")
 _INVALID_BEFORE = "refused: "  # the prefix in homes of earlier versions
