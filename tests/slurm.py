@@ -5,9 +5,9 @@ Each node has two pretended GPUs, so Slurm sets CUDA_VISIBLE_DEVICES as it does 
 """
 
 import os
+import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -28,7 +28,8 @@ PACKAGES = {
 NODES = ("n1", "n2")
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 CPUS = 4  # of each node; more than the machine may have, so that two nodes fit on it
-START_S = 60.0
+START_S, END_S = 60.0, 20.0
+MOST_JOBS = 1000  # of one Slurm here
 CONFIG = """
 ClusterName=ebbline
 SlurmctldHost={host}(127.0.0.1)
@@ -112,7 +113,7 @@ def running() -> Iterator[Slurm]:
         _start(slurm)
         yield slurm
     finally:
-        _stop(folder)
+        _stop(slurm)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -180,34 +181,41 @@ def _logs(folder: Path) -> str:
     return "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("*.log")))
 
 
-def _stop(folder: Path) -> None:
+def _stop(slurm: Slurm) -> None:
     """End the jobs, then the daemons by their pid files."""
-    pids = []
+    folder, pids = slurm.folder, list[int]()
+    with suppress(AssertionError, subprocess.TimeoutExpired):  # slurmctld did not start
+        slurm.call("scancel", "--user=root")
+        deadline = time.monotonic() + END_S
+        while slurm.call("squeue", "-h") and time.monotonic() < deadline:
+            time.sleep(0.2)
     for path in (folder / "slurmctld.pid", *folder.glob("slurmd-*.pid"), folder / "munged.pid"):
         with suppress(OSError, ValueError):
             pids.append(int(path.read_text()))
-    processes = []
+    daemons = list[psutil.Process]()
     for pid in pids:
         with suppress(psutil.NoSuchProcess):
-            processes.append(psutil.Process(pid))
-    for step in _steps(folder):
+            daemons.append(psutil.Process(pid))
+    for process in (*_of_jobs(folder), *daemons):
         with suppress(psutil.NoSuchProcess):
-            for process in (step, *step.children(recursive=True)):
-                process.kill()
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGTERM)
-    for process in psutil.wait_procs(processes, timeout=10)[1]:
+            process.terminate() if process in daemons else process.kill()
+    for process in psutil.wait_procs(daemons, timeout=END_S)[1]:
         process.kill()
 
 
-def _steps(folder: Path) -> list[psutil.Process]:
-    """The processes of jobs that still run: slurmstepd's, with this Slurm's configuration."""
+def _of_jobs(folder: Path) -> list[psutil.Process]:
+    """The processes of jobs that still run. A slurmstepd shows its job, and no environment."""
+    if not (config := folder / "slurm.conf").exists():
+        return []
+    first = int(config.read_text().partition("FirstJobId=")[2].split()[0])
     found = []
-    for process in psutil.process_iter(["name", "environ"]):
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        title = " ".join(process.info["cmdline"] or [])
+        step = re.match(r"slurmstepd: \[(\d+)\.", title)
         settings = process.info["environ"] or {}
-        of_job = process.info["name"] == "slurmstepd" or "SLURM_JOB_ID" in settings
-        if of_job and settings.get("SLURM_CONF", "").startswith(f"{folder}/"):
+        if (step and first <= int(step[1]) < first + MOST_JOBS) or (
+            "SLURM_JOB_ID" in settings and settings.get("SLURM_CONF", "").startswith(f"{folder}/")
+        ):
             found.append(process)
     return found
 

@@ -34,6 +34,7 @@ from ebbline.cluster.executors.slurm_node import ray_start
 command = ray_start(Path(sys.argv[1]), "10.0.0.1:6379", int(sys.argv[2]), 0)
 print(*(part for part in command if part.startswith(("--num-", "--temp-dir", "--head"))))
 """
+COSTS = ("seconds", "gpu_hours", "cost_usd")
 NVIDIA_SMI = f"#!/bin/sh\ncat <<'END'\n{LISTED}END\n"
 
 
@@ -165,10 +166,10 @@ def undisturbed(file: Path, home: Path) -> None:
 
 
 def table(home: Path) -> list[dict[str, str]]:
-    """The rows of results.csv, without what tells when and where they were made."""
+    """The rows of results.csv without their costs. The keys that stay cover what stages wrote."""
     with (home / "studies" / "tiny" / "results.csv").open() as handle:
         return [
-            {name: value for name, value in row.items() if not name.endswith(("_s", "_hours"))}
+            {name: value for name, value in row.items() if not name.startswith(COSTS)}
             for row in csv.DictReader(handle)
         ]
 
