@@ -204,7 +204,7 @@ def test_status_watches_a_run_from_another_process_and_ends_with_it(
     assert moments == sorted(set(moments)), "a line for each change"
     assert drained.codes[1:] == (0, 0)
     assert (
-        " running, " in drained.plain
+        " stages; now " in drained.plain
         and "driver: none; `ebbline run` continues it" in drained.plain
     )
 
