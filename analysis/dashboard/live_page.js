@@ -91,9 +91,9 @@ function marks(rows, model, look) {
 }
 
 function drawFrontier() {
-  const all = Object.values(sections.points), first = {}, firstOf = (row) => `${row.model}/${row.same_as === null ? row.number : row.same_as}`;
-  for (const row of all) first[firstOf(row)] = Math.min(row.number, first[firstOf(row)] ?? row.number);
-  const rows = all.filter((row) => first[firstOf(row)] === row.number), same = {}, front = sections.frontier[""] || { by_model: {}, all: [] };
+  const all = Object.values(sections.points), lowest = {}, firstOf = (row) => `${row.model}/${row.same_as === null ? row.number : row.same_as}`;
+  for (const row of all) lowest[firstOf(row)] = Math.min(row.number, lowest[firstOf(row)] ?? row.number);
+  const rows = all.filter((row) => lowest[firstOf(row)] === row.number), same = {}, front = sections.frontier[""] || { by_model: {}, all: [] };
   const two = about.objectives.length > 1, [first, last] = [about.objectives[0], about.objectives.at(-1)];
   const traces = [], bars = rows.length <= BARS_UP_TO;
   for (const row of all) if (row.same_as !== null) (same[row.same_as] = same[row.same_as] || []).push(row.number);

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from optuna.exceptions import StorageInternalError
 
+from ebbline.options import LOST
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.search.searcher import StudySearcher, all_points, reaching
 from ebbline.sweeps.state.trials import opened, settings_mark
@@ -213,7 +214,7 @@ def test_status_works_on_postgres_and_its_error_does_not_repeat_the_password(tmp
         command, capture_output=True, text=True, cwd=ROOT, timeout=120, env=environ
     )
     assert (
-        done.returncode == 1
+        done.returncode == LOST
         and "password authentication failed" in done.stderr
         and "PGPASSFILE" in done.stderr
     )
