@@ -37,6 +37,7 @@ from ebbline.sweeps.forecast.forecast import forecast
 from ebbline.sweeps.forecast.prediction import Prediction, keep, keep_end, predict
 from ebbline.sweeps.forecast.reused import reuse_of_changes
 from ebbline.sweeps.state.spending import read_spent
+from ebbline.sweeps.study.pins import require_pins
 from ebbline.sweeps.study.points import STATUSES, Result
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import source_of
@@ -112,6 +113,7 @@ def run_study(
     again; None means all of them. With `as_json`, standard output gets one object at
     the end; all else goes to standard error.
     """
+    require_pins(view.study, view.source)  # at once: the checks read whole files
     with checking(quiet=as_json) as now:
         notes = require_checked(view.study, view.home, now)
     for note in notes:
