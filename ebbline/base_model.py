@@ -14,7 +14,7 @@ from shlex import quote
 
 from ebbline.analysis.paper.card import hub_base
 from ebbline.cluster.store.resolver import Resolver
-from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.points import Result, made_by
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StoreError, StudyError
 from ebbline.tasks.identity import digest_files, file_digest, folder_files
@@ -59,7 +59,8 @@ def aligned_model(view: StudyView, result: Result, seed: int) -> AlignedModel:
             f"--with-base: the adapter's base is {hub.id} on the hub at {hub.commit}, and the "
             "export names it. Leave --with-base out; nothing was exported"
         )
-    item = view.graph.stages_for(result.point)[f"train[seed={seed}]"].inputs["model"]
+    made = f"{made_by(result.point)}[seed={seed}]"
+    item = view.graph.stages_for(result.point)[made].inputs["model"]
     if isinstance(item, Source):
         folder = Path(item.location)
         files = folder_files(folder)

@@ -24,6 +24,7 @@ from ebbline.analysis.results.collect import (
 )
 from ebbline.analysis.results.costs import cost_rows, prediction_rows
 from ebbline.analysis.results.measurements import NO_EVIDENCE
+from ebbline.analysis.results.no_refusals import no_refusals
 from ebbline.analysis.results.picks.choices import chosen
 from ebbline.analysis.results.tables import (
     categories_frame,
@@ -83,7 +84,10 @@ def write_outputs(
     artifacts = make("the stages behind the results", lambda: artifacts_behind(view, results)) or []
     cost = make("the costs", lambda: _cost(view, results, artifacts)) or {}
     origin = make("the provenance", lambda: provenance(view, results, artifacts).rows()) or []
-    notes = make("the notes on adapters", lambda: adapter_notes(view, results)) or ()
+    notes = [
+        *(make("the notes on refusals", lambda: no_refusals(study, before)) or ()),
+        *(make("the notes on adapters", lambda: adapter_notes(view, results)) or ()),
+    ]
     report = make(
         "the report",
         lambda: write_report(

@@ -282,6 +282,14 @@ def test_validate_prints_its_summary_and_the_command_that_pins_the_file(mine):
     assert record["faults"][0].startswith("suites.task.prompts: ")
 
 
+def test_a_run_names_missing_pins_before_it_reads_a_file(mine, monkeypatch):
+    monkeypatch.setattr(study_checks, "check_study", None)
+    path = str(mine / "study.yaml")
+    done = CliRunner().invoke(app, ["run", path, "--home", str(mine / "home"), "--no-wandb"])
+    assert done.exit_code == 1
+    assert f"ebbline pin {path} --to {mine}/study-pinned.yaml" in done.stderr
+
+
 def test_a_study_without_files_of_its_own_is_checked_without_reading_anything(
     tmp_path, monkeypatch
 ):

@@ -69,7 +69,7 @@ def test_the_commands_write_check_and_plan_a_study(
     new, validate, plan, run = [line[1:] for line in lines]
     assert "wrote study.yaml" in command(*new)
     assert command(*validate).startswith(
-        "aligned is valid: 1 models, axes train.rank, apply.threshold, 2 suites"
+        "aligned is valid: 1 model, axes train.rank, apply.threshold, 2 suites"
     )
     assert "8 points are known; the search will choose 0 more." in command(*plan, "--gpus", "1")
     assert run == ["run", "study.yaml"]

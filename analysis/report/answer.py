@@ -147,7 +147,9 @@ def _fine_tuning(
         "without projection, the"
         f" refusal rate is {tally(from_tuning, 'training')}: {found}."
     )
-    if all(comparison.move != "lower" for comparison in from_tuning):
+    if aligned.value == 0:
+        text += " It refused nothing before, so no loss of refusals could show."
+    elif all(comparison.move != "lower" for comparison in from_tuning):
         text += (
             f" The expected loss of refusals is absent: no fine-tuning of {model} "
             "measurably lowered them, so there was"

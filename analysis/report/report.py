@@ -70,7 +70,7 @@ def write_report(
 ) -> Path:
     """Writes FOLDER/report.html.
 
-    `notes` are sentences on the adapters. `cost` maps labels to values. `plan` is the SVG picture
+    `notes` are sentences to print. `cost` maps labels to values. `plan` is the SVG picture
     of the latest plan. `figures` is the result of figures_of; the figures are drawn if it is not
     given. Without evidence there are no paired comparisons, no tables by category and no scorer
     agreement. A part of the page that fails is left out, noted in `attempts`, and named at the top

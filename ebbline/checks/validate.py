@@ -27,18 +27,24 @@ def validate(source: str, as_json: bool) -> int:
     error = _error(study, source, found)
     if error is None:
         axes = dict.fromkeys(axis for model in study.models for axis in study.axes_of(model))
-        brought = len(study.adapters)
-        adapters = f"{brought} adapter{'' if brought == 1 else 's'}, " if brought else ""
-        print(
-            f"{study.study} is valid: {len(study.models)} models, {adapters}"
-            f"axes {', '.join(axes)}, {len(study.suites)} suites, {study.sampler}"
-        )
+        parts = [
+            _counted(len(study.models), "model"),
+            *([_counted(len(study.adapters), "adapter")] if study.adapters else []),
+            f"axes {', '.join(axes)}",
+            _counted(len(study.suites), "suite"),
+            study.sampler,
+        ]
+        print(f"{study.study} is valid: {', '.join(parts)}")
     for line in found.lines():
         print(line)
     sys.stdout.flush()
     if error is not None:
         raise error
     return 0
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 def _error(study: Study, source: str, found: Found) -> EbblineError | None:

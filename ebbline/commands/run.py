@@ -14,9 +14,10 @@ from pathlib import Path
 
 from ebbline.analysis.report.attempts import MOST, Attempts
 from ebbline.analysis.report.report import rows_for_scripts
-from ebbline.analysis.results.collect import collect
+from ebbline.analysis.results.collect import baselines, collect
 from ebbline.analysis.results.costs import cost_label, prediction_label
 from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
+from ebbline.analysis.results.no_refusals import no_refusals
 from ebbline.analysis.results.retrying import retry_hint
 from ebbline.analysis.results.tables import frontier_text, results_frame
 from ebbline.analysis.results.wording import NO_RESULT, status_label
@@ -37,6 +38,7 @@ from ebbline.sweeps.forecast.forecast import forecast
 from ebbline.sweeps.forecast.prediction import Prediction, keep, keep_end, predict
 from ebbline.sweeps.forecast.reused import reuse_of_changes
 from ebbline.sweeps.state.spending import read_spent
+from ebbline.sweeps.study.pins import require_pins
 from ebbline.sweeps.study.points import STATUSES, Result
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import source_of
@@ -112,6 +114,7 @@ def run_study(
     again; None means all of them. With `as_json`, standard output gets one object at
     the end; all else goes to standard error.
     """
+    require_pins(view.study, view.source)  # at once: the checks read whole files
     with checking(quiet=as_json) as now:
         notes = require_checked(view.study, view.home, now)
     for note in notes:
@@ -212,6 +215,9 @@ def _run(
             or "The table of the frontier could not be made."
         )
         print(f"\n{table}\n")
+        notes = attempts.make("the notes on refusals", lambda: no_refusals(study, baselines(view)))
+        for note in notes or ():
+            print(f"note: {note}\n")
         for line in [*without_result(results), retry_hint(results, view.name)]:
             if line:
                 print(line)

@@ -16,6 +16,7 @@ from ebbline.analysis.report.report import rows_for_scripts, summary
 from ebbline.analysis.results.collect import StoredEvidence, baselines, collect, costs_before
 from ebbline.analysis.results.costs import cost_label, cost_summary, study_cost
 from ebbline.analysis.results.measurements import Baselines, Evidence
+from ebbline.analysis.results.no_refusals import no_refusals
 from ebbline.analysis.results.retrying import advice, retry_hint
 from ebbline.analysis.results.tables import frontier_text, results_frame
 from ebbline.analysis.results.wording import NO_RESULT, reason_label, status_label
@@ -264,6 +265,8 @@ def print_status(
     print(f"spent: {driven}{f'; the budget: {budget}' if budget else ''}\n")
     frame = results_frame(results, study.objectives)
     print(frontier_text(frame, study.objectives, table_width(wide)))
+    for note in no_refusals(study, before):
+        print(f"\nnote: {note}")
     for line in [*without_result(results), retry_hint(results, study.study)]:
         if line:
             print(line, file=sys.stderr)

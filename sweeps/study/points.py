@@ -72,6 +72,11 @@ def is_of(point: Point, branch: Branch) -> bool:
     return point.model == branch.model and (brought(point) is None) != (ADAPTER in branch.axes)
 
 
+def made_by(point: Point) -> str:
+    """The stage that makes a point's adapter, before a defence changes it."""
+    return "train" if brought(point) is None else ADAPTER
+
+
 def adapter_of(point: Point) -> Point:
     """The point without the defence's knobs."""
     return _kept(point, lambda axis: not DEFENCE.is_knob(axis))

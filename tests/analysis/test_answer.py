@@ -10,6 +10,7 @@ from ebbline.analysis.results.measurements import (
     compared_with_aligned,
     moved,
 )
+from ebbline.analysis.results.no_refusals import no_refusals
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import TaskSuite
@@ -60,6 +61,16 @@ def test_an_absent_loss_of_refusals_is_reported_as_absent(study: Study) -> None:
         "The expected effect is absent: projection did not measurably raise the refusals of small."
         in text
     )
+
+
+def test_a_model_that_refused_nothing_before_shows_no_absence_of_a_loss(study: Study) -> None:
+    none = {"small": {REFUSAL: rate(REFUSAL, 0.0)}, "medium": {REFUSAL: rate(REFUSAL, 0.01)}}
+    text = answer_text(study, [result(0, refusal=0.0)], none)
+    assert "It refused nothing before, so no loss of refusals could show." in text
+    assert "The expected loss of refusals is absent" not in text
+    (note,) = no_refusals(study, none)
+    assert note.startswith("small refused none of 200 prompts before fine-tuning")
+    assert "scorer prefix" in note and no_refusals(study, ALIGNED) == []
 
 
 def test_a_projection_that_lowers_refusals_is_not_called_a_success(study: Study) -> None:
