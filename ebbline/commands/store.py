@@ -14,6 +14,7 @@ from typing import Literal
 
 from ebbline.analysis.results.collect import collect
 from ebbline.analysis.results.frontier import frontier_by_model
+from ebbline.bars import progress_bar
 from ebbline.cluster.store.resolver import Resolver
 from ebbline.cluster.store.retention import (
     Needed,
@@ -24,7 +25,6 @@ from ebbline.cluster.store.retention import (
     remove,
     source_damages,
 )
-from ebbline.commands.project import progress_bar
 from ebbline.sweeps.search.searcher import all_points
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import StageName

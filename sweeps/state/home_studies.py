@@ -15,7 +15,6 @@ from pydantic import TypeAdapter, ValidationError
 from ebbline.sweeps.study.database import shared_url
 from ebbline.sweeps.study.home import MIRROR_LOCK, POINTS_NAME, Home, is_plain
 from ebbline.sweeps.study.policies import Name
-from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError, StudyHeld
 from ebbline.tasks.files import write_whole
 
@@ -85,8 +84,9 @@ def warmed_by(home: Home, name: str) -> list[str]:
     """The studies of the home whose search starts from the results of this one."""
     found = []
     for other in home.studies():
-        with suppress(ValidationError, ValueError):  # damaged: its own commands say so
-            if name in Study.model_validate_json(home.kept(other)).search.warm_start:
+        with suppress(StudyError):  # damaged: its own commands say so
+            study = home.begun(other)
+            if study is not None and name in study.search.warm_start:
                 found.append(other)
     return found
 
