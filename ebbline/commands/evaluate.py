@@ -41,6 +41,7 @@ from ebbline.sweeps.study.suites import (
 from ebbline.tables import print_table
 from ebbline.tasks.errors import EbblineError, EvaluationError
 from ebbline.tasks.extras import extras_explained
+from ebbline.tasks.headers.files import ADAPTER_CONFIG
 from ebbline.tasks.identity import content_digest, folder_files
 from ebbline.tasks.inputs import ExpectedInput, InputCheck
 from ebbline.tasks.kinds import kind_named
@@ -52,9 +53,9 @@ from ebbline.tasks.measuring.completions import (
 )
 from ebbline.tasks.measuring.metrics import Metric, read_metrics
 from ebbline.tasks.models.adapter_file import read_adapter_file
+from ebbline.tasks.models.brought.folder import other_base
 from ebbline.tasks.models.loading import Residents, load_tokenizer
 from ebbline.tasks.models.model_folder import require_model_folder
-from ebbline.tasks.models.weights import ADAPTER_CONFIG, read_json
 from ebbline.tasks.scoring.phrases import SCORERS
 from ebbline.tasks.specs import DEFAULT_CHAT, Chat, GenerateSpec, ScoreSpec, TokenizerOf
 from ebbline.tasks.stage import Context, Source, Stage, spec_payload
@@ -237,24 +238,6 @@ def _record(place: Path) -> dict[str, Any]:
     files = [place / stage / GenerateSpec.PROMPTS for stage in (GenerateSpec.KIND, "metrics")]
     found: dict[str, Any] = json.loads(next(file for file in files if file.exists()).read_text())
     return found
-
-
-def other_base(adapter: Path, model: str, folder: Path) -> str:
-    """The base that an adapter's config names, if it is another model by its name; else empty. A
-    copy under another name is not the same by its name, so this is no error.
-    """
-    named = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not isinstance(named, str) or not named.strip():
-        return ""
-    config = folder / "config.json"
-    saved_as = read_json(config).get("_name_or_path") if config.exists() else None
-    repository = folder.resolve().parent.parent.name.rpartition("--")[2]  # of a hub snapshot
-    names = {_last(each) for each in (model, str(folder.resolve()), repository, saved_as or "")}
-    return "" if _last(named) in names else named
-
-
-def _last(name: str) -> str:
-    return name.partition("@")[0].rstrip("/\\").replace("\\", "/").rpartition("/")[2].lower()
 
 
 def _source(path: Path) -> Source:

@@ -32,7 +32,8 @@ from ebbline.tasks.defences.settings import Settings, each_checked, lowest_thres
 from ebbline.tasks.defences.subspace import Bases
 from ebbline.tasks.defences.words import range_phrase
 from ebbline.tasks.errors import ModelError, ProjectionError
-from ebbline.tasks.models.adapter_file import Adapter, adapters_in, plain_lora, read_adapter_file
+from ebbline.tasks.headers.files import adapters_in
+from ebbline.tasks.models.adapter_file import Adapter, plain_lora, read_adapter_file
 from ebbline.tasks.models.adapters import fitted
 from ebbline.tasks.models.loading import local_path
 from ebbline.tasks.models.model_folder import require_model_folder

@@ -4,15 +4,14 @@ Only headers and JSON files are read. The number of parameters is counted from t
 """
 
 import importlib.util
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ebbline.sweeps.study.references import Hub
 from ebbline.tasks.errors import ModelError
+from ebbline.tasks.headers.files import ADAPTER_CONFIG, CONFIG, read_json
 from ebbline.tasks.headers.gguf_header import is_gguf, read_gguf
 from ebbline.tasks.headers.model_header import read_header
 from ebbline.tasks.models.sizes import named_shape
@@ -90,7 +89,7 @@ def base_of(model: FoundModel) -> str | None:
         return f"{model.name.rpartition('/')[0]}/{name}"
     if model.kind == "path" and model.located is not None:
         beside = model.located.with_name(name)
-        return str(beside) if (beside / "config.json").is_file() else None
+        return str(beside) if (beside / CONFIG).is_file() else None
     return None
 
 
@@ -108,8 +107,8 @@ def _in_package(package: str, file: str) -> Path:
 
 
 def _folder(given: str, path: Path) -> FoundModel:
-    if not (path / "config.json").is_file():
-        if (path / "adapter_config.json").is_file():
+    if not (path / CONFIG).is_file():
+        if (path / ADAPTER_CONFIG).is_file():
             raise ModelError(
                 f"{path} is an adapter and not a model; name the model that it was trained on"
             )
@@ -120,7 +119,8 @@ def _folder(given: str, path: Path) -> FoundModel:
             f"{path} has no .safetensors file, and ebbline reads no other weights of a folder; "
             "save the model again with `save_pretrained`"
         )
-    tokenizer = _json(path / "tokenizer_config.json")
+    settings = path / "tokenizer_config.json"
+    tokenizer = read_json(settings) if settings.is_file() else {}
     template = bool(tokenizer.get("chat_template")) or (path / "chat_template.jinja").is_file()
     return FoundModel(
         given,
@@ -131,14 +131,6 @@ def _folder(given: str, path: Path) -> FoundModel:
         header.architecture,
         template,
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except ValueError:
-        raise ModelError(f"{path} is not JSON; is the download complete?") from None
-    return found if isinstance(found, dict) else {}
 
 
 def _gguf(given: str, path: Path, fields: Mapping[str, str | None]) -> FoundModel:

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 
 from ebbline.tasks.chat.tokenizers import read_tokenizer, unused_beside
 from ebbline.tasks.errors import ModelError
+from ebbline.tasks.headers.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ebbline.tasks.models.adapter_file import plain_lora, read_adapter_file
 from ebbline.tasks.models.adapters import fitted
-from ebbline.tasks.models.brought.folder import CONFIG, TOKENIZER_FILES, WEIGHTS
+from ebbline.tasks.models.brought.folder import TOKENIZER_FILES
 from ebbline.tasks.models.weights import Checkpoint
 from ebbline.tasks.specs import AdapterSpec, TokenizerOf
 from ebbline.tasks.stage import Context
@@ -31,8 +32,8 @@ def run(spec: AdapterSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) 
     require_tokenizer(source, model, spec.tokenizer)
     folder = out / spec.ADAPTER
     folder.mkdir()
-    save_file(dict(adapter.tensors), folder / WEIGHTS, metadata={"format": "pt"})
-    shutil.copyfile(source / CONFIG, folder / CONFIG)
+    save_file(dict(adapter.tensors), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    shutil.copyfile(source / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
     for name in TOKENIZER_FILES if spec.tokenizer == "adapter" else ():
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
