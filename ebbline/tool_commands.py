@@ -228,8 +228,9 @@ def evaluate(
 ) -> None:
     """Measure one suite on a model or its adapters, without a study, store or cluster."""
     from ebbline.bars import progress_bar
-    from ebbline.commands.evaluate import chat_of, print_measured
+    from ebbline.commands.evaluate import chat_of
     from ebbline.commands.evaluate import evaluate as measure
+    from ebbline.commands.measured.outcome import print_measured
 
     settings = {
         "scorer": scorer,
@@ -291,8 +292,13 @@ def rescore(
     wide: WideOption = False,
 ) -> None:
     """Score stored completions with another scorer, or several side by side, without a model."""
-    from ebbline.commands.evaluate import generations_of, measure_of, print_rows, write_rows
-    from ebbline.commands.evaluate import rescore as rescore_completions
+    from ebbline.commands.measured.rescoring import (
+        generations_of,
+        measure_of,
+        print_rows,
+        write_rows,
+    )
+    from ebbline.commands.measured.rescoring import rescore as rescore_completions
     from ebbline.tasks.specs import GenerateSpec, ScoreSpec
 
     if (Path(where) / GenerateSpec.COMPLETIONS).exists():
