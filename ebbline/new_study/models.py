@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ebbline.analysis.results.wording import count_label
 from ebbline.sweeps.study.references import Hub
 from ebbline.tasks.errors import ModelError
 from ebbline.tasks.headers.files import ADAPTER_CONFIG, CONFIG, read_json
@@ -45,18 +46,14 @@ class FoundModel:
 
     def __str__(self) -> str:
         kinds = {"path": "a folder of safetensors", "gguf": "a GGUF file", "hub": "on the hub"}
-        size = f"{shown(self.parameters)} parameters" if self.parameters else "of unknown size"
+        size = (
+            f"{count_label(self.parameters, digits=3)} parameters"
+            if self.parameters
+            else "of unknown size"
+        )
         template = {True: ", chat template", False: ", no chat template", None: ""}
         about = f"{self.architecture}, " if self.architecture else ""
         return f"{kinds[self.kind]}, {about}{size}{template[self.has_template]}"
-
-
-def shown(parameters: int) -> str:
-    """A number of parameters as models' names have it: 135M, 7B."""
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if parameters >= unit:
-            return f"{parameters / unit:.3g}{letter}"
-    return str(parameters)
 
 
 def look_at_model(given: str) -> FoundModel:

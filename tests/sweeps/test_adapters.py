@@ -19,8 +19,8 @@ from ebbline.analysis.results.tables import frontier_cells, results_frame
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.search.importance import importances
 from ebbline.sweeps.search.searcher import check_written_points
+from ebbline.sweeps.state.parameters import Names, is_whole, point_of
 from ebbline.sweeps.state.replicates import seeds_needed, seeds_of
-from ebbline.sweeps.state.trials import Names, is_whole, point_of
 from ebbline.sweeps.study.adapters.kept import kept_path
 from ebbline.sweeps.study.changes import differences, lasting, rejections
 from ebbline.sweeps.study.home import Home
