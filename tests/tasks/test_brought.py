@@ -102,7 +102,7 @@ def test_validate_names_the_adapter_and_both_shapes(tmp_path, pair, monkeypatch)
     path.write_text(as_text(whole))
     assert adapter_faults(parse(path)) == []
     (note,) = base_notes(parse(path))
-    assert note.startswith("adapters.mine: its adapter_config.json names the base other-chat")
+    assert note.startswith("adapters.mine: its adapter_config.json names the base org/other-chat")
 
 
 @pytest.mark.parametrize("tool", BESIDE)
