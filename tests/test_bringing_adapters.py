@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from typer.testing import CliRunner
 
 from ebbline.cli import app
+from ebbline.tasks.identity import content_digest
 from tests.brought import adapter_folder, with_layout
 from tests.pages import DOCS, blocks
 from tests.tiny import Pair, write_lines
@@ -74,7 +75,9 @@ def test_adapters_of_trl_become_the_points_of_the_pages_study(pair: Pair, tmp_pa
     write_lines(mine / "task.jsonl", tasks)
     (study,) = (each for each in blocks(DOCS / "bringing-adapters.md") if each.title)
     assert study.title == "mine/adapters.yaml"
-    (tmp_path / study.title).write_text(study.text)
+    # Models of random weights refuse nothing
+    floor = study.text.replace("refusal_floor: 0.9", "refusal_floor: 0.0")
+    (tmp_path / study.title).write_text(floor)
     pinned, home = mine / "pinned.yaml", tmp_path / "home"
     command("pin", mine / "adapters.yaml", "--to", pinned)
     asked = ["run", pinned, "--home", home, "--executor", "inline", "--no-wandb", "--json"]
@@ -86,3 +89,9 @@ def test_adapters_of_trl_become_the_points_of_the_pages_study(pair: Pair, tmp_pa
     shares = frame.groupby("adapter")["projected_share"].max()
     assert (shares > 0).all() and not any(column.startswith("train") for column in frame)
     assert "first" in (home / "studies" / "my-adapters" / "report.html").read_text("utf-8")
+    out = tmp_path / "out"
+    command("pick", pinned, "--home", home, "--export", out, "--with-base")
+    assert "trained outside this study" in (out / "README.md").read_text("utf-8")
+    base = json.loads((out / "pick.json").read_text())["base"]
+    assert base["content_sha256"] == content_digest(pair.aligned)
+    assert (out / "aligned" / "model.safetensors").exists()
