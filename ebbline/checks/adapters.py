@@ -1,8 +1,8 @@
 """Before a study runs: do its own `adapters` fit the models that they are measured on?
 
-An adapter's file is compared with what is known of its model: whole, tensor by tensor, with a local
-model; by the shapes of its matrices with one that the study makes, or whose config.json is in the
-hub's cache. An adapter on the hub is compared by the stage that first reads it.
+An adapter's file is compared with what is known of its model. With a local model it is compared
+tensor by tensor. With one that the study makes, or that is in the hub's cache, the shapes of the
+matrices are compared. An adapter on the hub is compared by the stage that first reads it.
 
 The first comparison runs in a process of its own (`python -m ebbline.checks.adapters`), because
 it imports torch. Standard input is a list of Fit as JSON, standard output a list of messages.

@@ -9,8 +9,8 @@ from ebbline.analysis.results.wording import count_label
 
 @dataclass
 class SetFound:
-    """A set of rows. `longest` is its longest row in tokens and `limit` the most that a stage
-    takes; both are None if no tokenizer of the study is on this machine. `cut` rows are longer.
+    """A set of rows. `longest` is its longest row in tokens, `limit` the most that a stage
+    takes. Both are None if no tokenizer of the study is on this machine. `cut` rows are longer.
     """
 
     where: str

@@ -1,7 +1,7 @@
 """Rename and remove studies of a home.
 
-Invariant: each is one rename of the study's folder, so a process that is killed leaves the study as
-it was before, or as it is afterwards. No driver and no W&B mirror can have the study meanwhile.
+Invariant: each is one rename of the study's folder. A process that is killed leaves the study as it
+was before, or as it is afterwards. No driver and no W&B mirror can have the study meanwhile.
 """
 
 import fcntl
@@ -24,9 +24,9 @@ REMOVED = "removed"  # the folder of a home for removed studies, until their fil
 def rename(home: Home, old: str, new: str) -> None:
     """Rename a study. Its points keep their name inside their own database file.
 
-    Raises StudyError when the home has no study `old` or has one that is named `new`, when `new` is
-    no name for a study, or when another study starts warm from `old`. Raises StudyHeld when a
-    driver or a mirror has the study.
+    Raises StudyError when the home has no study `old` or has a study `new`, and when `new` is no
+    name for a study. Also when another study starts warm from `old`. Raises StudyHeld when a driver
+    or a mirror has the study.
     """
     require_free(home, new)
     require_removable(home, old)

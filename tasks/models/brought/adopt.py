@@ -1,5 +1,5 @@
-"""The stage `adapter`: an adapter that another tool trained, checked tensor by tensor against the
-model that it is measured on, and written under the names of that model's layers.
+"""The stage `adapter` takes in an adapter that another tool trained. It is checked tensor by tensor
+against the model that it is measured on, and written under the names of that model's layers.
 
 Later stages read it as they read an adapter that ebbline trained.
 """
@@ -40,8 +40,8 @@ def run(spec: AdapterSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) 
 
 
 def require_tokenizer(adapter: Path, model: Path, chosen: TokenizerOf | None) -> None:
-    """Raise ModelError if the tokenizer beside an adapter would render prompts otherwise than the
-    model's, and nobody has chosen one of them; or if the chosen one is not there.
+    """Raise ModelError if the tokenizer beside an adapter renders prompts otherwise than the
+    model's, and none is chosen. Also raise it if the chosen one is not there.
     """
     if chosen == "adapter":
         read_tokenizer(model, adapter)
