@@ -47,7 +47,7 @@ def adapter_faults(study: Study) -> list[str]:
     for name, reference in study.adapters.items():
         if reference.path is None:
             continue
-        model = reference.model or next(iter(study.models))
+        model = study.model_of(name)
         try:
             folder = reference.path.located()
             adapter_files(folder)
@@ -68,7 +68,7 @@ def base_notes(study: Study) -> Iterator[str]:
     measured on: with equal shapes, only a person can tell whether it belongs there.
     """
     for name, reference in study.adapters.items():
-        model = reference.model or next(iter(study.models))
+        model = study.model_of(name)
         if own := _name_of(study.models[model].aligned):
             try:
                 named = _other_base(reference, own, study.models[model].aligned)

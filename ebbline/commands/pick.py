@@ -30,11 +30,11 @@ from ebbline.analysis.results.picks.picked import (
 )
 from ebbline.analysis.results.wording import measured, metric_label, natural
 from ebbline.shipping import ship
-from ebbline.sweeps.search.searcher import limit
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.state.trials import settings_mark
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.reading.field_faults import unknown
+from ebbline.sweeps.study.space import limit
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError

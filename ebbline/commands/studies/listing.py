@@ -19,11 +19,11 @@ from ebbline.cluster.store.places import Folder
 from ebbline.cluster.store.retention import Survey
 from ebbline.commands.store import needed_by
 from ebbline.sweeps.drive.live import Live, read_live
-from ebbline.sweeps.search.searcher import limit
 from ebbline.sweeps.state.spending import NAME as LEDGER
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.state.trials import read
 from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.space import limit
 from ebbline.sweeps.study.study import Study
 from ebbline.tables import print_table
 from ebbline.tasks.errors import EbblineError
