@@ -21,6 +21,7 @@ from ebbline.cli import app
 from ebbline.cluster.executors.inline import InlineExecutor
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Point
 from ebbline.sweeps.study.references import Hub, ModelRef
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
@@ -183,7 +184,8 @@ def test_the_cards_snippet_quantises_as_the_measurement_did(
         }
     )
     changed = study.model_copy(update={"models": {"local": size}})
-    (code,) = re.findall(r"```python\n(.+?)\n```", card._load(changed, "local", False), re.DOTALL)
+    text = card._load(changed, Point("local", ()), False)
+    (code,) = re.findall(r"```python\n(.+?)\n```", text, re.DOTALL)
     assert len(code.splitlines()) == 6
     assert f'"org/chat", revision="{"0" * 40}", dtype="bfloat16"' in code
     line = next(line for line in code.splitlines() if line.startswith("config = "))
