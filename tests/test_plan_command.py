@@ -98,7 +98,6 @@ def test_a_study_without_pins_is_planned_and_the_plan_says_what_it_assumed(tmp_p
     assert "asked.csv are not here: a set has 500 rows of 150 tokens" in text
     (tmp_path / "asked.csv").write_text("prompt\na\n")
     # a run needs the pins as before, and the plan left nothing that a pinned study would meet
-    (tmp_path / "asked.csv").write_text("prompt\nwhere is it ?\n")
     done = CliRunner().invoke(app, ["run", str(path), "--home", str(tmp_path / "home")])
     assert done.exit_code == 1 and "without a pin" in done.output
     assert not Home(tmp_path / "home").has_run("tiny")
