@@ -14,7 +14,7 @@ from shlex import quote
 
 from ebbline.analysis.paper.card import hub_base
 from ebbline.cluster.store.resolver import Resolver
-from ebbline.sweeps.study.points import Result, made_by
+from ebbline.sweeps.study.points import Result, adapter_stage
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StoreError, StudyError
 from ebbline.tasks.identity import digest_files, file_digest, folder_files
@@ -50,8 +50,8 @@ class AlignedModel:
 def aligned_model(view: StudyView, result: Result, seed: int) -> AlignedModel:
     """The aligned model of a point: what ebbline made, or the user's own folder.
 
-    Raises StudyError for a model on the hub, which the adapter names; StoreError when its files are
-    gone; PinError when a local folder differs from its pin.
+    Raises StudyError for a model on the hub, which the adapter names. Raises StoreError when its
+    files are gone, and PinError when a local folder differs from its pin.
     """
     hub = hub_base(view.study, result.point.model)
     if hub is not None:
@@ -59,8 +59,8 @@ def aligned_model(view: StudyView, result: Result, seed: int) -> AlignedModel:
             f"--with-base: the adapter's base is {hub.id} on the hub at {hub.commit}, and the "
             "export names it. Leave --with-base out; nothing was exported"
         )
-    made = f"{made_by(result.point)}[seed={seed}]"
-    item = view.graph.stages_for(result.point)[made].inputs["model"]
+    made = view.graph.stages_for(result.point)[f"{adapter_stage(result.point)}[seed={seed}]"]
+    item = made.inputs["model"]
     if isinstance(item, Source):
         folder = Path(item.location)
         files = folder_files(folder)

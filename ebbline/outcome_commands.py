@@ -196,7 +196,7 @@ def compare(
     where both used the same prompts. Or compare measurements of `ebbline evaluate`, by folder.
     """
     from ebbline.commands.compare import compare_studies
-    from ebbline.measured_pairs import compare_measured, outcome_folders
+    from ebbline.commands.measured.pairs import compare_measured, outcome_folders
 
     folders = outcome_folders(studies)
     if folders is not None:

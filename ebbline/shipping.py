@@ -22,7 +22,7 @@ from ebbline.base_model import aligned_model
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.state.outcome import changed_share
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.points import OF_TRAINING, Result, made_by
+from ebbline.sweeps.study.points import OF_TRAINING, Result, adapter_stage
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.defences.in_use import DEFENCE
@@ -75,7 +75,7 @@ def ship(
         "weights_sha256": adapter.files[WEIGHTS],
         "base": {
             **_base(study, result.point.model, with_base),
-            "content_sha256": stages[made_by(result.point)].hashed["inputs"]["model"],
+            "content_sha256": stages[adapter_stage(result.point)].hashed["inputs"]["model"],
         },
         **picked_json(study, found),
         "settings_of_stages": {part: artifact.hashed["spec"] for part, artifact in stages.items()},

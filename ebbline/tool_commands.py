@@ -97,12 +97,13 @@ def project(
     """Apply Safe LoRA to adapters, without a study, store or cluster. Writes ordinary PEFT
     adapters.
     """
-    from ebbline.commands.project import print_projected, progress_bar, require_reportable
+    from ebbline.bars import progress_bar
+    from ebbline.commands.project import print_projected, require_reportable
     from ebbline.commands.project import project as project_adapters
 
     if report is not None:
         require_reportable(report)
-    with progress_bar() as progress:
+    with progress_bar("projecting") as progress:
         projected = project_adapters(
             adapter,
             base,
@@ -226,9 +227,10 @@ def evaluate(
     wide: WideOption = False,
 ) -> None:
     """Measure one suite on a model or its adapters, without a study, store or cluster."""
-    from ebbline.commands.evaluate import chat_of, print_measured
+    from ebbline.bars import progress_bar
+    from ebbline.commands.evaluate import chat_of
     from ebbline.commands.evaluate import evaluate as measure
-    from ebbline.commands.project import progress_bar
+    from ebbline.commands.measured.outcome import print_measured
 
     settings = {
         "scorer": scorer,
@@ -240,7 +242,7 @@ def evaluate(
         "chat_template": chat_template,
         "batch_size": batch_size,
     }
-    with progress_bar() as progress:
+    with progress_bar("measuring") as progress:
         measured = measure(
             model,
             suite,
@@ -290,8 +292,13 @@ def rescore(
     wide: WideOption = False,
 ) -> None:
     """Score stored completions with another scorer, or several side by side, without a model."""
-    from ebbline.commands.evaluate import generations_of, measure_of, print_rows, write_rows
-    from ebbline.commands.evaluate import rescore as rescore_completions
+    from ebbline.commands.measured.rescoring import (
+        generations_of,
+        measure_of,
+        print_rows,
+        write_rows,
+    )
+    from ebbline.commands.measured.rescoring import rescore as rescore_completions
     from ebbline.tasks.specs import GenerateSpec, ScoreSpec
 
     if (Path(where) / GenerateSpec.COMPLETIONS).exists():

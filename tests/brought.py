@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from ebbline.tasks.models.brought.folder import CONFIG, WEIGHTS
+from ebbline.tasks.headers.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 LIKE_ORGANISM = {"q_proj": (64, 64), "v_proj": (64, 64)}  # (d_in, d_out) in the smallest organism
 
@@ -30,8 +30,8 @@ def adapter_folder(
             tensors[f"{stem}.lora_B.weight"] = rng.normal(size=(outputs, rank)).astype(np.float32)
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": list(shapes)}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps({**config, **settings}))
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    (folder / ADAPTER_CONFIG).write_text(json.dumps({**config, **settings}))
     return folder
 
 
@@ -65,6 +65,6 @@ def with_layout(folder: Path, tool: str) -> Path:
         if "/" in name:
             adapter_folder(path.parent, seed=99)
     if tool == "unsloth":
-        config = json.loads((folder / CONFIG).read_text())
-        (folder / CONFIG).write_text(json.dumps({**config, "unsloth_fixed": True}))
+        config = json.loads((folder / ADAPTER_CONFIG).read_text())
+        (folder / ADAPTER_CONFIG).write_text(json.dumps({**config, "unsloth_fixed": True}))
     return folder

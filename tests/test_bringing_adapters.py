@@ -91,6 +91,7 @@ def test_adapters_of_trl_become_the_points_of_the_pages_study(pair: Pair, tmp_pa
     assert "first" in (home / "studies" / "my-adapters" / "report.html").read_text("utf-8")
     out = tmp_path / "out"
     command("pick", pinned, "--home", home, "--export", out, "--with-base")
-    record = json.loads((out / "pick.json").read_text())
-    assert record["base"]["content_sha256"] == content_digest(mine / "aligned")
+    assert "trained outside this study" in (out / "README.md").read_text("utf-8")
+    base = json.loads((out / "pick.json").read_text())["base"]
+    assert base["content_sha256"] == content_digest(mine / "aligned")
     assert (out / "aligned" / "model.safetensors").exists()

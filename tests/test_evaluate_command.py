@@ -16,9 +16,9 @@ from ebbline.cli import app
 from ebbline.commands.evaluate import evaluate
 from ebbline.commands.project import project
 from ebbline.tasks.errors import EvaluationError, ModelError
+from ebbline.tasks.headers.files import ADAPTER_WEIGHTS
 from ebbline.tasks.measuring.completions import read_completions
 from ebbline.tasks.models.loading import Residents
-from ebbline.tasks.models.weights import ADAPTER_WEIGHTS
 from ebbline.tasks.specs import GenerateSpec
 from tests.tasks.test_weights import lora
 from tests.tiny import conversations, write_lines

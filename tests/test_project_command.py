@@ -30,9 +30,10 @@ from typer.testing import CliRunner
 from ebbline.cli import app
 from ebbline.commands.project import RECORD, ProjectedAdapter, project
 from ebbline.tasks.errors import ModelError, ProjectionError
+from ebbline.tasks.headers.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ebbline.tasks.models.adapter_file import read_adapter
 from ebbline.tasks.models.loading import load_model
-from ebbline.tasks.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
+from ebbline.tasks.models.weights import Checkpoint
 from tests.tasks.test_safelora import GRAM, by_definition, measured, slack
 from tests.tasks.test_weights import Q0, SMALL, Tensors, built, edited, lora
 from tests.tiny import Pair

@@ -41,11 +41,11 @@ from ebbline.analysis.results.wording import (
 from ebbline.cluster.schedule.simulate import Span
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.drive.live import TIMELINE, AtWork, Ended, Live, read_live
-from ebbline.sweeps.search.searcher import limit
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import STATUSES, Result, StageName, training_of
+from ebbline.sweeps.study.space import limit
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.errors import DatabaseLost, EbblineError, StoreError

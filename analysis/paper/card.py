@@ -23,7 +23,7 @@ from ebbline.analysis.results.wording import (
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.changes import lasting
-from ebbline.sweeps.study.points import Point, Result, brought
+from ebbline.sweeps.study.points import Point, Result, adapter_stage, brought
 from ebbline.sweeps.study.references import Data, Hub, Local, ModelRef
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import scorers_of
@@ -81,7 +81,7 @@ def card(
         "## Sources and pins\n\n"
         + _rows(("what", "source"), _sources(study, result.point, prompts)),
         "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(study, found, alone)),
-        "## Provenance\n\n" + _rows(("what", "sha256"), _provenance(study, stages)),
+        "## Provenance\n\n" + _rows(("what", "sha256"), _provenance(study, result.point, stages)),
     ]
     written = ModelCard.from_template(
         _metadata(study, model), template_str=_TEMPLATE, text="\n\n".join(sections) + "\n"
@@ -380,10 +380,11 @@ def _is_tiny(study: Study, model: str) -> bool:
     return any(each is not None and each.organism is not None for each in (size.base, size.aligned))
 
 
-def _provenance(study: Study, stages: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+def _provenance(
+    study: Study, point: Point, stages: Mapping[str, Artifact]
+) -> Iterator[tuple[str, str]]:
     yield "study (settings and pins)", digest(lasting(study.model_dump(mode="json")))
-    made = next(each for part, each in stages.items() if part in ("train", "adapter"))
-    yield "aligned model: content", made.hashed["inputs"]["model"]
+    yield "aligned model: content", stages[adapter_stage(point)].hashed["inputs"]["model"]
     for part, artifact in stages.items():
         yield f"{part}: key", artifact.key
     for file, sha in stages[DEFENCE.makes.KIND].files.items():

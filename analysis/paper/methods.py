@@ -135,10 +135,9 @@ def _training(study: Study, results: Sequence[Result], provenance: Provenance) -
     train, data = study.train, study.data
     if train is not None and data is not None:
         yield from _fine_tuning(study, train, data, results, provenance)
-    for name, each in study.adapters.items():
-        model = each.model or next(iter(study.models))
+    for name in study.adapters:
         yield (
-            f"The adapter {name} of {model} was trained outside this study: "
+            f"The adapter {name} of {study.model_of(name)} was trained outside this study: "
             f"{_described(f'adapters.{name}', provenance)}."
         )
     if any(each.kind == "train" and each.most_gpus > 1 for each in provenance.hardware):

@@ -89,7 +89,7 @@ def findings(
 
 
 @dataclass(frozen=True)
-class Picture:
+class FigureToDraw:
     """How a figure is made: its drawing, which may be None without data, its text and caption."""
 
     draw: Callable[[], Figure | None]
@@ -118,12 +118,12 @@ def figures_of(found: Findings, attempts: Attempts | None = None) -> dict[str, D
     return drawn
 
 
-def pictures_of(found: Findings) -> dict[str, Picture]:
+def pictures_of(found: Findings) -> dict[str, FigureToDraw]:
     """File name -> how to make the figure."""
     study, results, baselines = found.study, found.results, found.baselines
     names = [name for name in (refusal_metric(study), usefulness_metric(study)) if name is not None]
     return {
-        "frontier": Picture(
+        "frontier": FigureToDraw(
             lambda: frontier_figure(results, study.objectives, baselines, picked=found.picked),
             lambda: frontier_words(results, study.objectives, baselines, found.picked),
             lambda: (
@@ -133,17 +133,17 @@ def pictures_of(found: Findings) -> dict[str, Picture]:
                 + (" A ring marks the point that `ebbline pick` chose." if found.picked else "")
             ),
         ),
-        "attainment": Picture(
+        "attainment": FigureToDraw(
             lambda: attainment_figure(found.attained, study.objectives),
             lambda: attainment_words(found.attained, study.objectives),
             lambda: attainment_caption(found),
         ),
-        "thresholds": Picture(
+        "thresholds": FigureToDraw(
             lambda: threshold_figure(results, names, baselines),
             lambda: threshold_words(results, names, baselines),
             lambda: f"{DEFENCE.words.against} 95% Wilson intervals.",
         ),
-        "before-after": Picture(
+        "before-after": FigureToDraw(
             lambda: before_after_figure(found.lines),
             lambda: before_after_words(found.lines),
             lambda: (
@@ -151,7 +151,7 @@ def pictures_of(found: Findings) -> dict[str, Picture]:
                 "95% intervals. Direction is in each title."
             ),
         ),
-        "importance": Picture(
+        "importance": FigureToDraw(
             lambda: importance_figure(found.importance),
             lambda: importance_words(found.importance),
             lambda: (

@@ -5,7 +5,7 @@ hashes, never a prompt or completion.
 """
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -87,76 +87,11 @@ def write_report(
         )
         for name, each in drawn.items()
     }
-    short = make(
-        "the short answer",
-        lambda: in_short(study, results, found.baselines, found.lines, found.evidence),
-    ) or ["The short answer could not be made."]
-    parts: dict[str, Any] = {
-        "short": short,
-        "verdict": (
-            make("the report's first sentence", lambda: verdict(study, results, found.lines))
-            or "The first sentence could not be made."
-        ),
-        "answers": _frame(
-            make("the table of answers", lambda: answer_cells(study, results, found.lines))
-        ),
-        "effects": (
-            make(
-                "what was shown of the hypothesis",
-                lambda: shown_effects(study, results, found.lines),
-            )
-            or []
-        ),
-        "paragraphs": (
-            make(
-                "the answer",
-                lambda: [
-                    _split(paragraph)
-                    for paragraph in answer(
-                        study, results, found.baselines, found.evidence, found.lines
-                    )
-                ],
-            )
-            or []
-        ),
-        "hypervolume": make(
-            "the hypervolume", lambda: frontier_hypervolume(results, study.objectives)
-        ),
-        "figures": {name: each for name, each in embedded_figures.items() if each is not None},
-        "states": (
-            make("the table before and after", lambda: before_after_cells(found.lines)) or []
-        ),
-        "sizes": (make("the points before and after", lambda: _sizes(study, results)) or []),
-        "categories": (
-            make(
-                "the tables by category",
-                lambda: list(category_cells(study, results, found.evidence)),
-            )
-            or []
-        ),
-        "agreements": (
-            make(
-                "the agreement of scorers",
-                lambda: list(agreement_cells(study, results, found.evidence)),
-            )
-            or []
-        ),
-        "table": _frame(
-            make(
-                "the table of the frontier",
-                lambda: frontier_cells(results_frame(results, study.objectives), study.objectives),
-            )
-        ),
-        "projections": (make("what was projected", lambda: _projection_figures(projections)) or []),
-        "importance": _frame(
-            make("the table of importance", lambda: importance_cells(found.importance))
-        ),
-        "importance_notes": (
-            make("the notes on importance", lambda: importance_notes(found.importance)) or []
-        ),
-        "failed": (make("the points without a result", lambda: _failed_rows(results, hosts)) or []),
-        "plan": make("the picture of the plan", lambda: _plan_figure(plan)),
-    }
+    pictures = {name: each for name, each in embedded_figures.items() if each is not None}
+    parts: dict[str, Any] = {"figures": pictures}
+    for field, (name, build, missing) in _parts(found, projections, plan, hosts).items():
+        made = make(name, build)
+        parts[field] = missing if made is None else made
     page = template("report/report_template.html").render(
         **parts,
         study=study,
@@ -177,6 +112,77 @@ def write_report(
         missing=[without_paths(line, hosts) for line in attempts.lines()],
     )
     return write_whole(folder / "report.html", lambda path: path.write_text(page, "utf-8"))
+
+
+def _parts(
+    found: Findings, projections: Projections, plan: Path | None, hosts: Collection[str]
+) -> dict[str, tuple[str, Callable[[], Any], Any]]:
+    """Field of the page -> (name of the part, how it is made, what stands there if it fails)."""
+    study, results, lines = found.study, found.results, found.lines
+    before, evidence, nothing = found.baselines, found.evidence, pd.DataFrame()
+    frame = partial(results_frame, results, study.objectives)
+    return {
+        "short": (
+            "the short answer",
+            lambda: in_short(study, results, before, lines, evidence),
+            ["The short answer could not be made."],
+        ),
+        "verdict": (
+            "the report's first sentence",
+            lambda: verdict(study, results, lines),
+            "The first sentence could not be made.",
+        ),
+        "answers": (
+            "the table of answers",
+            lambda: answer_cells(study, results, lines),
+            nothing,
+        ),
+        "effects": (
+            "what was shown of the hypothesis",
+            lambda: shown_effects(study, results, lines),
+            [],
+        ),
+        "paragraphs": (
+            "the answer",
+            lambda: list(map(_split, answer(study, results, before, evidence, lines))),
+            [],
+        ),
+        "hypervolume": (
+            "the hypervolume",
+            lambda: frontier_hypervolume(results, study.objectives),
+            None,
+        ),
+        "states": ("the table before and after", lambda: before_after_cells(lines), []),
+        "sizes": ("the points before and after", lambda: _sizes(study, results), []),
+        "categories": (
+            "the tables by category",
+            lambda: list(category_cells(study, results, evidence)),
+            [],
+        ),
+        "agreements": (
+            "the agreement of scorers",
+            lambda: list(agreement_cells(study, results, evidence)),
+            [],
+        ),
+        "table": (
+            "the table of the frontier",
+            lambda: frontier_cells(frame(), study.objectives),
+            nothing,
+        ),
+        "projections": ("what was projected", lambda: _projection_figures(projections), []),
+        "importance": (
+            "the table of importance",
+            lambda: importance_cells(found.importance),
+            nothing,
+        ),
+        "importance_notes": (
+            "the notes on importance",
+            lambda: importance_notes(found.importance),
+            [],
+        ),
+        "failed": ("the points without a result", lambda: _failed_rows(results, hosts), []),
+        "plan": ("the picture of the plan", lambda: _plan_figure(plan), None),
+    }
 
 
 def summary(
@@ -227,10 +233,6 @@ def _split(paragraph: str) -> tuple[str, str]:
     if not colon or not heading.endswith((", fine-tuning", ", projection", ", operating point")):
         return "", paragraph
     return heading, text[0].upper() + text[1:]
-
-
-def _frame(cells: pd.DataFrame | None) -> pd.DataFrame:
-    return pd.DataFrame() if cells is None else cells
 
 
 def _failed_rows(

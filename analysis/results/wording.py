@@ -98,6 +98,14 @@ def size_label(size: float) -> str:
     return f"{size:.3g} TB"
 
 
+def count_label(count: int, digits: int = 4) -> str:
+    """A large number in so many digits, such as parameters: 134.5M, 6.738B."""
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.{digits}g}{letter}"
+    return str(count)
+
+
 def measured(metric: Metric) -> str:
     low, high = metric.interval
     return (

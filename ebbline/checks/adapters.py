@@ -1,8 +1,8 @@
 """Before a study runs: do its own `adapters` fit the models that they are measured on?
 
-An adapter's file is compared with what is known of its model: whole, tensor by tensor, with a local
-model; by the shapes of its matrices with one that the study makes, or whose config.json is in the
-hub's cache. An adapter on the hub is compared by the stage that first reads it.
+An adapter's file is compared with what is known of its model. With a local model it is compared
+tensor by tensor. With one that the study makes, or that is in the hub's cache, the shapes of the
+matrices are compared. An adapter on the hub is compared by the stage that first reads it.
 
 The first comparison runs in a process of its own (`python -m ebbline.checks.adapters`), because
 it imports torch. Standard input is a list of Fit as JSON, standard output a list of messages.
@@ -15,13 +15,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ebbline.checks.jobs import path_of
 from ebbline.sweeps.study.adapters.reference import AdapterRef
-from ebbline.sweeps.study.references import Hub, ModelRef
+from ebbline.sweeps.study.references import ModelRef
 from ebbline.sweeps.study.study import Model, Study
 from ebbline.tasks.errors import EbblineError, ModelError
-from ebbline.tasks.models.brought.folder import CONFIG, adapter_files, lora_shape, misfit
-from ebbline.tasks.models.memory import LIKE_LLAMA, Shape, shape_of
-from ebbline.tasks.models.sizes import organism_shape
+from ebbline.tasks.headers.files import ADAPTER_CONFIG
+from ebbline.tasks.headers.model_header import read_header
+from ebbline.tasks.models.brought.folder import adapter_files, lora_shape, misfit, other_base
+from ebbline.tasks.models.memory import LIKE_LLAMA, Shape
+from ebbline.tasks.models.sizes import header_shape, organism_shape
 from ebbline.tasks.specs import TokenizerOf
 
 
@@ -44,7 +47,7 @@ def adapter_faults(study: Study) -> list[str]:
     for name, reference in study.adapters.items():
         if reference.path is None:
             continue
-        model = reference.model or next(iter(study.models))
+        model = study.model_of(name)
         try:
             folder = reference.path.located()
             adapter_files(folder)
@@ -65,30 +68,28 @@ def base_notes(study: Study) -> Iterator[str]:
     measured on: with equal shapes, only a person can tell whether it belongs there.
     """
     for name, reference in study.adapters.items():
-        model = reference.model or next(iter(study.models))
-        trained_on, own = _base_named_by(reference), _name_of(study.models[model].aligned)
-        if trained_on and own and trained_on.casefold() != own.casefold():
-            yield (
-                f"adapters.{name}: its {CONFIG} names the base {trained_on}, and it is measured "
-                f"on {own} (models.{model}.aligned)"
-            )
+        model = study.model_of(name)
+        if own := _name_of(study.models[model].aligned):
+            try:
+                named = _other_base(reference, own, study.models[model].aligned)
+            except EbblineError:
+                continue  # adapter_faults names a file that cannot be read
+            if named:
+                yield (
+                    f"adapters.{name}: its {ADAPTER_CONFIG} names the base {named}, and it is "
+                    f"measured on {own} (models.{model}.aligned)"
+                )
 
 
-def _base_named_by(reference: AdapterRef) -> str:
-    """The last part of the name of the base that an adapter's config names."""
+def _other_base(reference: AdapterRef, own: str, model: ModelRef) -> str:
     if reference.path is None:
         return ""
-    try:
-        config = json.loads((reference.path.located() / CONFIG).read_text("utf-8"))
-    except (EbblineError, OSError, ValueError):
-        return ""
-    named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    return Path(named).name if isinstance(named, str) else ""
+    return other_base(reference.path.located(), own, path_of(model))
 
 
 def _name_of(model: ModelRef) -> str:
     if model.hub is not None:
-        return Path(model.hub.id).name
+        return model.hub.id
     return "" if model.path is None else Path(model.path.path).name
 
 
@@ -115,26 +116,14 @@ def _known_shape(reference: ModelRef, model: Model) -> Shape | None:
         return _known_shape(model.base, model)
     if reference.organism is not None:
         return organism_shape(reference.organism.size)
-    if reference.hub is not None:
-        return _shape_in(_cached_config(reference.hub))
-    if reference.path is not None and reference is model.base:
-        return _shape_in(reference.path.located() / "config.json")
-    return None
-
-
-def _cached_config(hub: Hub) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache  # a slow import, only for hub models
-
-    found = try_to_load_from_cache(hub.id, "config.json", revision=hub.commit)
-    return Path(found) if isinstance(found, str) else None
-
-
-def _shape_in(config: Path | None) -> Shape | None:
+    path = None if reference.gguf is not None else path_of(reference)
+    if path is None or (reference is model.aligned and reference.path is not None):
+        return None  # a local model is compared tensor by tensor
     try:
-        content = {} if config is None else json.loads(config.read_text("utf-8"))
-        return shape_of(content) if content.get("model_type") in LIKE_LLAMA else None
-    except (OSError, ValueError, KeyError, AttributeError):  # its own stage says what is wrong
+        header = read_header(path)
+    except (ModelError, OSError):  # its own stage says what is wrong
         return None
+    return header_shape(header) if header.architecture in LIKE_LLAMA else None
 
 
 def fault(fit: Fit) -> str:

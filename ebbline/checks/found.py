@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ebbline.analysis.results.wording import count_label
+
 
 @dataclass
 class SetFound:
-    """A set of rows. `longest` is its longest row in tokens and `limit` the most that a stage
-    takes; both are None if no tokenizer of the study is on this machine. `cut` rows are longer.
+    """A set of rows. `longest` is its longest row in tokens, `limit` the most that a stage
+    takes. Both are None if no tokenizer of the study is on this machine. `cut` rows are longer.
     """
 
     where: str
@@ -35,7 +37,7 @@ class ModelFound:
 
 
 @dataclass
-class Lengths:
+class TokenLengths:
     """The tokens of a set's rows with one model's tokenizer."""
 
     where: str
@@ -53,7 +55,7 @@ class Found:
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, lengths: Lengths) -> None:
+    def add(self, lengths: TokenLengths) -> None:
         """Record a set's lengths. Of several models, that with the longest row counts."""
         for each in self.sets:
             if each.where == lengths.where and lengths.longest >= (each.longest or 0):
@@ -73,14 +75,6 @@ class Found:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def count_label(parameters: int) -> str:
-    """A number of parameters: 134.5M, 6.74B."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if parameters >= size:
-            return f"{parameters / size:.4g}{unit}"
-    return str(parameters)
 
 
 def _of_set(each: SetFound) -> str:

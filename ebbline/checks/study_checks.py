@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ebbline.checks.adapters import adapter_faults, base_notes
-from ebbline.checks.found import Found, Lengths, ModelFound, SetFound
+from ebbline.checks.found import Found, ModelFound, SetFound, TokenLengths
 from ebbline.checks.jobs import Jobs, jobs_of, path_of
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.pins import references
@@ -242,7 +242,7 @@ def _add_answers(jobs: Jobs, found: Found, now: Now) -> None:
     found.faults += answers["faults"]
     found.notes += answers["notes"]
     for each in answers["lengths"]:
-        found.add(Lengths(**each))
+        found.add(TokenLengths(**each))
 
 
 def _answers(jobs: Jobs, now: Now) -> dict[str, Any]:

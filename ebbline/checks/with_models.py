@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging
 
-from ebbline.checks.found import Lengths
+from ebbline.checks.found import TokenLengths
 from ebbline.checks.jobs import Jobs, ModelJob, SetJob, TaskJob
 from ebbline.sweeps.study.suites import Suite, prompts_of
 from ebbline.tasks.chat.probes import probe, require_trainable
@@ -45,7 +45,7 @@ class Answers:
 
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    lengths: list[Lengths] = field(default_factory=list)
+    lengths: list[TokenLengths] = field(default_factory=list)
 
 
 def answers_to(jobs: Jobs, now: Callable[[str], None]) -> Answers:
@@ -209,7 +209,7 @@ def _check_prompts(job: SetJob, model: ModelJob, tokenizer: Any, found: Answers)
 def _add(job: SetJob, lengths: list[int], found: Answers) -> None:
     if lengths:
         cut = sum(length > job.max_tokens for length in lengths)
-        found.lengths.append(Lengths(job.where, max(lengths), job.max_tokens, cut))
+        found.lengths.append(TokenLengths(job.where, max(lengths), job.max_tokens, cut))
 
 
 def _has_unknown(tokenizer: Any, ids: list[int]) -> bool:

@@ -1,5 +1,4 @@
-"""`ebbline evaluate` and `ebbline rescore`: measure one suite on a model and its adapters, or score
-stored completions anew, without a study or cluster.
+"""`ebbline evaluate`: measure one suite on a model and its adapters, without a study or cluster.
 
     from ebbline.commands.evaluate import evaluate
     evaluate(
@@ -12,23 +11,25 @@ files of a study's stages: completions.sensitive.jsonl (never copied elsewhere),
 samples.jsonl, agreement.json. The same call continues an interrupted one.
 """
 
-import csv
 import json
 import shutil
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
-from rich.console import Console
 
-from ebbline.analysis.results.wording import metric_label, percent, settings_label
+from ebbline.commands.measured.outcome import (
+    DONE,
+    FILES,
+    METRICS_FOLDER,
+    NO_ADAPTER,
+    Measured,
+    files_of,
+)
 from ebbline.commands.project import distinct_names, located
-from ebbline.sweeps.study.points import keys_of
 from ebbline.sweeps.study.reading.field_faults import faults
-from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import (
     MultipleChoiceSuite,
     OverRefusalSuite,
@@ -38,52 +39,24 @@ from ebbline.sweeps.study.suites import (
     scorers_of,
     stages_of,
 )
-from ebbline.tables import print_table
 from ebbline.tasks.errors import EbblineError, EvaluationError
 from ebbline.tasks.extras import extras_explained
-from ebbline.tasks.identity import content_digest, folder_files
+from ebbline.tasks.identity import content_digest
 from ebbline.tasks.inputs import ExpectedInput, InputCheck
 from ebbline.tasks.kinds import kind_named
-from ebbline.tasks.measuring import score
 from ebbline.tasks.measuring.completions import (
-    read_completions,
     repeated_prompts,
     unused_beside_adapter,
 )
-from ebbline.tasks.measuring.metrics import Metric, read_metrics
+from ebbline.tasks.measuring.metrics import read_metrics
 from ebbline.tasks.models.adapter_file import read_adapter_file
+from ebbline.tasks.models.brought.folder import other_base
 from ebbline.tasks.models.loading import Residents, load_tokenizer
 from ebbline.tasks.models.model_folder import require_model_folder
-from ebbline.tasks.models.weights import ADAPTER_CONFIG, read_json
 from ebbline.tasks.scoring.phrases import SCORERS
-from ebbline.tasks.specs import DEFAULT_CHAT, Chat, GenerateSpec, ScoreSpec, TokenizerOf
+from ebbline.tasks.specs import DEFAULT_CHAT, Chat, GenerateSpec, TokenizerOf
 from ebbline.tasks.stage import Context, Source, Stage, spec_payload
 from ebbline.tasks.worker import ERROR, error_and_reason
-
-if TYPE_CHECKING:
-    from ebbline.sweeps.study.view import StudyView  # with a database: the extra `sweep`
-
-DONE = "done.json"
-FILES = "files"  # the field of the mark with the digests of the measured files
-NO_ADAPTER = "model"
-VERDICTS = ("refused", "partial", "complied", "undecided")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The metrics of one adapter and their folder. `adapter` is empty for the model itself."""
-
-    adapter: str
-    folder: Path
-    metrics: Mapping[str, Metric]
-    # What differs in a tokenizer that was saved beside the adapter and was not used
-    unused_beside_adapter: Sequence[str] = ()
-    # Every update of the adapter is zero, so these are the metrics of the model itself
-    changes_nothing: bool = False
-    # The base that the adapter's config names, if it is not the measured model
-    other_base: str = ""
-    # Rows of the set that repeat the prompt of an earlier row, which is asked once
-    repeats: int = 0
 
 
 def suite_of(name: str, settings: Mapping[str, Any]) -> Suite:
@@ -188,7 +161,7 @@ def evaluate(
         if adapter is not None:
             inputs["adapter"] = _source(adapter)
         whose = {"tokenizer": "model" if adapter is None else tokenizer}
-        stages = stages_of("metrics", chosen, inputs, {**loading, **whose}, {})
+        stages = stages_of(METRICS_FOLDER, chosen, inputs, {**loading, **whose}, {})
         ctx = Context(
             log=place / "log",
             scratch=place / "scratch",
@@ -199,7 +172,7 @@ def evaluate(
         outputs: dict[str, Path] = {}
         for stage_name, stage in stages.items():
             outputs[stage.lineage] = _run(stage, outputs, place / stage_name.partition(":")[0], ctx)
-        found = {metric.name: metric for metric in read_metrics(place / "metrics")}
+        found = {metric.name: metric for metric in read_metrics(place / METRICS_FOLDER)}
         record = _record(place)
         results.append(
             Measured(
@@ -234,27 +207,9 @@ def _named(adapters: Sequence[str | Path]) -> Iterable[tuple[str, Path | None]]:
 
 def _record(place: Path) -> dict[str, Any]:
     """What a measurement recorded of its prompts and its adapter."""
-    files = [place / stage / GenerateSpec.PROMPTS for stage in (GenerateSpec.KIND, "metrics")]
+    files = [place / stage / GenerateSpec.PROMPTS for stage in (GenerateSpec.KIND, METRICS_FOLDER)]
     found: dict[str, Any] = json.loads(next(file for file in files if file.exists()).read_text())
     return found
-
-
-def other_base(adapter: Path, model: str, folder: Path) -> str:
-    """The base that an adapter's config names, if it is another model by its name; else empty. A
-    copy under another name is not the same by its name, so this is no error.
-    """
-    named = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not isinstance(named, str) or not named.strip():
-        return ""
-    config = folder / "config.json"
-    saved_as = read_json(config).get("_name_or_path") if config.exists() else None
-    repository = folder.resolve().parent.parent.name.rpartition("--")[2]  # of a hub snapshot
-    names = {_last(each) for each in (model, str(folder.resolve()), repository, saved_as or "")}
-    return "" if _last(named) in names else named
-
-
-def _last(name: str) -> str:
-    return name.partition("@")[0].rstrip("/\\").replace("\\", "/").rpartition("/")[2].lower()
 
 
 def _source(path: Path) -> Source:
@@ -276,7 +231,7 @@ def _run(stage: Stage, outputs: Mapping[str, Path], out: Path, ctx: Context) -> 
             raise EvaluationError(
                 f"{out} holds another measurement; give another folder with --out, or remove it"
             )
-        if _files_of(out) != written.get(FILES, _files_of(out)):
+        if files_of(out) != written.get(FILES, files_of(out)):
             raise EvaluationError(
                 f"{out} was changed since it was measured; remove it, and it is measured again"
             )
@@ -306,196 +261,6 @@ def _run(stage: Stage, outputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     except Exception as error:  # noqa: BLE001
         (ctx.log / ERROR).write_text(traceback.format_exc())
         raise EvaluationError(f"{stage.kind}: {error_and_reason(error, ctx.log)[1]}") from None
-    (fresh / DONE).write_text(json.dumps({**mark, FILES: _files_of(fresh)}, indent=1))
+    (fresh / DONE).write_text(json.dumps({**mark, FILES: files_of(fresh)}, indent=1))
     fresh.replace(out)
     return out
-
-
-def _files_of(folder: Path) -> dict[str, str]:
-    return {name: sha for name, sha in folder_files(folder).items() if name != DONE}
-
-
-def rescore(generations: Mapping[str, Sequence[Path]], spec: ScoreSpec) -> list[dict[str, Any]]:
-    """Score stored generations without a model. `generations` maps a name to its folders, one for
-    each block. Returns a row of counts and rates for each generation and scorer.
-    """
-    rows = []
-    for name, folders in generations.items():
-        completions = [row for folder in folders for row in read_completions(folder)]
-        verdicts = score.verdicts_of(spec, completions, {})
-        compared = score.compared(verdicts)
-        for scorer, found in verdicts.items():
-            rate = score.refusal_metrics(spec.measure, [each.verdict for each in found])[0]
-            low, high = rate.interval
-            kappa = next(
-                (
-                    pair["kappa"]
-                    for pair in compared["pairs"]
-                    if {pair["one"], pair["other"]} == {spec.scorer, scorer}
-                ),
-                None,
-            )
-            counts = {
-                verdict: sum(each.verdict == verdict for each in found) for verdict in VERDICTS
-            }
-            incoherent = sum(each.incoherent for each in found)
-            rows.append(
-                {
-                    "generation": name,
-                    "scorer": scorer,
-                    "n": rate.n,
-                    **counts,
-                    "incoherent": incoherent,
-                }
-                | {
-                    rate.name: rate.value,
-                    "low": low,
-                    "high": high,
-                    f"kappa with {spec.scorer}": kappa,
-                }
-            )
-    return rows
-
-
-def measure_of(study: Study, suite: str) -> Literal["refusal", "over_refusal"]:
-    """The measure of a suite that counts refusals. Raises EvaluationError for any other suite."""
-    measure = study.suites[suite].measure if suite in study.suites else None
-    if not isinstance(measure, RefusalSuite | OverRefusalSuite):
-        counting = sorted(
-            name
-            for name, entry in study.suites.items()
-            if isinstance(entry.measure, RefusalSuite | OverRefusalSuite)
-        )
-        raise EvaluationError(
-            f"{study.study} has no suite {suite!r} that counts refusals; it has {counting}"
-        )
-    return measure.kind
-
-
-def generations_of(view: "StudyView", suite: str) -> dict[str, list[Path]]:
-    """Name -> folders of every finished generation of a suite, over a study's points and seeds.
-    Raises EvaluationError when there is none.
-    """
-    from ebbline.analysis.results.collect import collect  # only a study needs the extra `sweep`
-
-    study, found = view.study, dict[str, list[Path]]()
-    for result in collect(view):
-        for seed in study.seeds:
-            keys = keys_of(result.keys, f"generate:{suite}", seed)
-            if keys:
-                name = f"point {result.number} ({settings_label(result.point)} seed={seed})"
-                found[name] = [
-                    view.home.store.open("generate", key).file(GenerateSpec.COMPLETIONS).parent
-                    for key in keys
-                ]
-    if not found:
-        raise EvaluationError(
-            f"no point of {study.study} has completions for {suite!r} yet; `ebbline run` makes them"
-        )
-    return found
-
-
-def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _agreement(folder: Path) -> object:
-    path = folder / "metrics" / ScoreSpec.AGREEMENT
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def print_measured(measured: Sequence[Measured], as_json: bool, wide: bool = False) -> None:
-    if as_json:
-        records = [
-            {
-                "adapter": each.adapter,
-                "folder": str(each.folder),
-                "unused_beside_adapter": list(each.unused_beside_adapter),
-                "changes_nothing": each.changes_nothing,
-                "other_base": each.other_base,
-                "repeats": each.repeats,
-                "agreement": _agreement(each.folder),
-            }
-            | {
-                name: {
-                    **asdict(metric),
-                    "value": metric.value,
-                    "low": metric.interval[0],
-                    "high": metric.interval[1],
-                }
-                for name, metric in each.metrics.items()
-            }
-            for each in measured
-        ]
-        print(json.dumps(records, indent=1))
-        return
-    columns = ("adapter", "metric", "value", "95% interval", "n", "undecided")
-    rows = []
-    for each in measured:
-        for name, metric in each.metrics.items():
-            low, high = metric.interval
-            interval = f"{percent(low)} to {percent(high)}"
-            rows.append(
-                (
-                    each.folder.name,
-                    metric_label(name),
-                    percent(metric.value),
-                    interval,
-                    str(metric.n),
-                    str(metric.undecided),
-                )
-            )
-    print_table(columns, rows, wide, right=columns[2:])
-    console = Console()
-    for each in measured:
-        console.print(f"{each.folder}", highlight=False, soft_wrap=True, markup=False)
-    if measured[0].repeats:
-        console.print(
-            f"{measured[0].repeats} rows of the set repeat the prompt of an earlier row; a prompt "
-            "is asked and counted once",
-            highlight=False,
-        )
-    for each in measured:
-        if each.changes_nothing:
-            console.print(
-                f"{each.folder.name}: every update B A of this adapter is zero, so this is a "
-                "measurement of the model itself; was the adapter trained?",
-                highlight=False,
-                soft_wrap=True,
-                markup=False,
-            )
-        if each.other_base:
-            console.print(
-                f"{each.folder.name}: its {ADAPTER_CONFIG} names the base {each.other_base}, which "
-                "is another name than that of the measured model; is it the same model?",
-                highlight=False,
-                soft_wrap=True,
-                markup=False,
-            )
-        if each.unused_beside_adapter:
-            console.print(
-                f"{each.folder.name}: the tokenizer beside the adapter differs from the model's in "
-                f"{', '.join(each.unused_beside_adapter)} and was not used; --tokenizer adapter "
-                "uses it",
-                highlight=False,
-                soft_wrap=True,
-                markup=False,
-            )
-
-
-def print_rows(rows: Sequence[Mapping[str, Any]], as_json: bool, wide: bool = False) -> None:
-    if as_json:
-        print(json.dumps(list(rows), indent=1))
-        return
-    cells = [
-        [
-            "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-            for value in row.values()
-        ]
-        for row in rows
-    ]
-    print_table(list(rows[0]), cells, wide, right=rows[0].keys() - {"generation", "scorer"})

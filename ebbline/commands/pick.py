@@ -30,11 +30,11 @@ from ebbline.analysis.results.picks.picked import (
 )
 from ebbline.analysis.results.wording import measured, metric_label, natural
 from ebbline.shipping import ship
-from ebbline.sweeps.search.searcher import limit
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.state.trials import settings_mark
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.reading.field_faults import unknown
+from ebbline.sweeps.study.space import limit
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
@@ -84,29 +84,12 @@ def pick_study(view: StudyView, options: PickOptions, to: Path | None, as_json: 
             f"{study.study} has no finished point {options.point}; `ebbline report {name}` "
             "lists them, in results.csv"
         )
-    exported: dict[str, Any] | None = None
-    if to is not None:
-        if not picks:
-            raise StudyError(
-                f"no point of {', '.join(models)} has finished, so there is nothing to "
-                f"export; `ebbline run {name}` continues"
-            )
-        _require_begun_here(view)
-        ((model, found),) = picks.items()
-        seed, alone = _exportable(study, found, by_model[model], options)
-        exported = {
-            "to": str(to),
-            **ship(
-                view,
-                found,
-                seed,
-                alone,
-                len(done),
-                to,
-                options.seed is not None,
-                options.with_base,
-            ),
-        }
+    if to is not None and not picks:
+        raise StudyError(
+            f"no point of {', '.join(models)} has finished, so there is nothing to "
+            f"export; `ebbline run {name}` continues"
+        )
+    exported = None if to is None else _export(view, picks, by_model, options, len(done), to)
     changed = view.changed()
     recorded = not changed and _record(view, picks.values())
     before, evidence = baselines(view), StoredEvidence(view)
@@ -150,6 +133,23 @@ def pick_study(view: StudyView, options: PickOptions, to: Path | None, as_json: 
             print(f"\nthe figures of `ebbline report {name}` mark the pick from now on")
     required_models = models if options.point is None else list(picks)
     return 0 if all(model in picks and picks[model].holds for model in required_models) else 1
+
+
+def _export(
+    view: StudyView,
+    picks: Mapping[str, Pick],
+    by_model: Mapping[str, Sequence[Result]],
+    options: PickOptions,
+    done: int,
+    to: Path,
+) -> dict[str, Any]:
+    """Export the adapter of the only pick; return where it is and the content of its pick.json."""
+    _require_begun_here(view)
+    ((model, found),) = picks.items()
+    seed, alone = _exportable(view.study, found, by_model[model], options)
+    requested = options.seed is not None
+    shipped = ship(view, found, seed, alone, done, to, requested, options.with_base)
+    return {"to": str(to), **shipped}
 
 
 def _record(view: StudyView, picks: Collection[Pick]) -> bool:

@@ -3,14 +3,12 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from ebbline.analysis.figures.drawing import save, save_svg
@@ -18,11 +16,12 @@ from ebbline.analysis.figures.gantt import gantt_figure
 from ebbline.analysis.results.costs import as_json as cost_json
 from ebbline.analysis.results.costs import cost_label
 from ebbline.analysis.results.wording import clock, size_label
+from ebbline.bars import progress_bar
 from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, ExecutorOptions
 from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, SLOTS, Capacity, Host
 from ebbline.cluster.profile import Profile
 from ebbline.sweeps.forecast.forecast import Forecast, forecast
-from ebbline.sweeps.state.todo import TodoProgress, explained
+from ebbline.sweeps.state.todo import explained
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
@@ -39,7 +38,7 @@ def plan_study(
     """Print a study's plan, and draw it into the study's folder. `why` limits the explained
     misses; `assumed` are assumptions to print before the forecast's own.
     """
-    with progress_bar(quiet=as_json) as progress:
+    with progress_bar("looking up points", SLOW_S, quiet=as_json) as progress:
         found = forecast(view, capacity, progress)
     found = replace(found, assumed=(*assumed, *found.assumed))
     home, pictures = view.home, draw(view, found)
@@ -221,27 +220,3 @@ def _sentences(found: Forecast, profile: Profile) -> Iterator[str]:
         )
     for line in found.assumed:
         yield f"Assumed: {line}."
-
-
-@contextmanager
-def progress_bar(quiet: bool = False) -> Iterator[TodoProgress]:
-    """A progress bar for a forecast's points. It appears after SLOW_S and disappears at the end."""
-    bar = Progress(
-        TextColumn("looking up points"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    task = bar.add_task("points", total=None)
-    began = monotonic()
-
-    def report(done: int, total: int) -> None:
-        if not quiet and monotonic() - began > SLOW_S:
-            bar.start()
-        bar.update(task, completed=done, total=total)
-
-    try:
-        yield report
-    finally:
-        bar.stop()

@@ -23,7 +23,6 @@ from typing import Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -33,7 +32,8 @@ from ebbline.tasks.defences.settings import Settings, each_checked, lowest_thres
 from ebbline.tasks.defences.subspace import Bases
 from ebbline.tasks.defences.words import range_phrase
 from ebbline.tasks.errors import ModelError, ProjectionError
-from ebbline.tasks.models.adapter_file import Adapter, adapters_in, plain_lora, read_adapter_file
+from ebbline.tasks.headers.files import adapters_in
+from ebbline.tasks.models.adapter_file import Adapter, plain_lora, read_adapter_file
 from ebbline.tasks.models.adapters import fitted
 from ebbline.tasks.models.loading import local_path
 from ebbline.tasks.models.model_folder import require_model_folder
@@ -289,26 +289,6 @@ def _notes(adapter: Adapter, rows: Mapping[str, ModuleRow]) -> list[str]:
             f"({', '.join(affected[:3])}{', ...' if len(affected) > 3 else ''})"
         )
     return notes
-
-
-@contextmanager
-def progress_bar(doing: str = "projecting") -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on standard error if it is a terminal; otherwise nothing."""
-    columns = (
-        TextColumn(doing),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total, module: bar.update(
-            task, completed=done, total=total, description=module
-        )
 
 
 def write_report(projected: Sequence[ProjectedAdapter], path: Path) -> dict[str, Path]:

@@ -25,11 +25,11 @@ from ebbline.commands.slurm.queue import queued_job
 from ebbline.show import Lines, Picture, budgeted, progress_line
 from ebbline.sweeps.drive.live import Live, read_live
 from ebbline.sweeps.forecast.expected import expected_points
-from ebbline.sweeps.search.searcher import limit
 from ebbline.sweeps.state.spending import Spent, read_spent
 from ebbline.sweeps.state.stopping import still_met
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result, Status
+from ebbline.sweeps.study.space import limit
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tables import table_width

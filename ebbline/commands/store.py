@@ -14,6 +14,8 @@ from typing import Literal
 
 from ebbline.analysis.results.collect import collect
 from ebbline.analysis.results.frontier import frontier_by_model
+from ebbline.analysis.results.wording import size_label
+from ebbline.bars import progress_bar
 from ebbline.cluster.store.resolver import Resolver
 from ebbline.cluster.store.retention import (
     Needed,
@@ -24,7 +26,6 @@ from ebbline.cluster.store.retention import (
     remove,
     source_damages,
 )
-from ebbline.commands.project import progress_bar
 from ebbline.sweeps.search.searcher import all_points
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import StageName
@@ -155,13 +156,13 @@ def show_usage(home: Home, as_json: bool) -> None:
             )
         )
         return
-    print(f"{home.store.place.at}: {_size(total)}")
+    print(f"{home.store.place.at}: {size_label(total)}")
     _table(
         ("", "how many", "size"),
-        [(what, str(row["count"]), _size(row["bytes"])) for what, row in kinds.items()],
+        [(what, str(row["count"]), size_label(row["bytes"])) for what, row in kinds.items()],
     )
     rows = [
-        (name, _size(row["bytes"]), _size(row["bytes of its own"]))
+        (name, size_label(row["bytes"]), size_label(row["bytes of its own"]))
         for name, row in by_study.items()
     ]
     _table(("study", "needs", "needs alone"), rows)
@@ -257,7 +258,7 @@ def collect_garbage(home: Home, older_than_h: float, keep: Keep, yes: bool, as_j
     _table(
         ("", "how many", "size"),
         [
-            (what, str(len(each)), _size(sum(one.bytes for one in each)))
+            (what, str(len(each)), size_label(sum(one.bytes for one in each)))
             for what, each in rows.items()
         ],
     )
@@ -276,11 +277,11 @@ def collect_garbage(home: Home, older_than_h: float, keep: Keep, yes: bool, as_j
         )
         print(f"nothing to remove{young}")
     elif yes:
-        print(f"freed {_size(freed)}")
+        print(f"freed {size_label(freed)}")
     else:
         print(
-            f"{_size(sum(each.bytes for each in found))} can be removed; nothing was removed. The "
-            "same command with --yes removes it."
+            f"{size_label(sum(each.bytes for each in found))} can be removed; nothing was removed. "
+            "The same command with --yes removes it."
         )
 
 
@@ -340,10 +341,3 @@ def all_needed(needed: Iterable[Needed]) -> Needed:
 def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
     if listed := list(rows):
         print_table(columns, listed, wide=True, right=columns[1:])
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} B"

@@ -18,7 +18,7 @@ from ebbline.new_study.files import (
     look_at_task,
 )
 from ebbline.new_study.models import FoundModel, base_of, look_at_model
-from ebbline.new_study.text import Found, name_from, path_from, require_bases, study_text
+from ebbline.new_study.text import NewStudy, name_from, path_from, require_bases, study_text
 from ebbline.sweeps.study.pins import local_pin, require_rows, unpinned
 from ebbline.sweeps.study.references import Local, template_text
 from ebbline.sweeps.study.study_file import parse, with_pins
@@ -94,7 +94,7 @@ def is_terminal() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
-def _look(given: Given, asks: bool) -> tuple[Found, list[str]]:
+def _look(given: Given, asks: bool) -> tuple[NewStudy, list[str]]:
     """What the files hold, and remarks on what was assumed."""
     notes: list[str] = []
     models = [_one("model", name, look_at_model, asks) for name in given.models or (None,)]
@@ -119,7 +119,7 @@ def _look(given: Given, asks: bool) -> tuple[Found, list[str]]:
     if template is not None:
         _require_template(template)
     refuse = _one("prompts", given.prompts, _look_at_harmful, asks)
-    found = Found(
+    found = NewStudy(
         name=given.name or name_from(models[0]),
         models=models,
         bases=bases,
@@ -183,7 +183,7 @@ def _look_at_harmful(given: str) -> FoundPrompts:
     return found
 
 
-def _print(found: Found, to: Path, notes: Sequence[str], has_hub: bool, as_json: bool) -> None:
+def _print(found: NewStudy, to: Path, notes: Sequence[str], has_hub: bool, as_json: bool) -> None:
     seen = [
         *(("model", model.given, str(model)) for model in found.models),
         *(("base", base.given, str(base)) for base in found.bases if base is not None),

@@ -14,7 +14,7 @@ NESTED_ROWS = (100, 1000)  # as the papers, to see what more data does
 
 
 @dataclass(frozen=True)
-class Size:
+class SizeSettings:
     """The settings that depend on a model's size. `below` is the first number of parameters that is
     too large for it.
     """
@@ -40,7 +40,7 @@ class Size:
         return self.dtype == "float32"
 
 
-LAPTOP = Size(
+LAPTOP = SizeSettings(
     name="a laptop's CPU",
     below=1.5e9,
     quantisation="none",
@@ -57,7 +57,7 @@ LAPTOP = Size(
     budget="hours: 2",
     why="Small enough for a CPU: weights are not quantised, and float32 is fast there",
 )
-ONE_GPU = Size(
+ONE_GPU = SizeSettings(
     name="one GPU of 24 GB",
     below=10e9,
     quantisation="nf4",
@@ -74,7 +74,7 @@ ONE_GPU = Size(
     budget="gpu_hours: 48",
     why="QLoRA: 4-bit weights (nf4) fit one GPU; its paper has 2e-4 as the learning rate up to 13B",
 )
-LARGE_GPU = Size(
+LARGE_GPU = SizeSettings(
     name="one GPU of 40 GB",
     below=25e9,
     quantisation="nf4",
@@ -91,7 +91,7 @@ LARGE_GPU = Size(
     budget="gpu_hours: 96",
     why="QLoRA: 4-bit weights (nf4) fit one GPU; its paper has 2e-4 as the learning rate up to 13B",
 )
-SEVERAL_GPUS = Size(
+SEVERAL_GPUS = SizeSettings(
     name="4 GPUs of 80 GB",
     below=math.inf,
     quantisation="nf4",
@@ -111,11 +111,11 @@ SEVERAL_GPUS = Size(
 SIZES = (LAPTOP, ONE_GPU, LARGE_GPU, SEVERAL_GPUS)
 
 
-def size_of(parameters: int | None) -> Size:
+def size_of(parameters: int | None) -> SizeSettings:
     return next(size for size in SIZES if (parameters or ASSUMED) < size.below)
 
 
-def rows_used(rows: int, size: Size, nested: bool) -> tuple[int, ...]:
+def rows_used(rows: int, size: SizeSettings, nested: bool) -> tuple[int, ...]:
     """The numbers of training rows to try: one for a CPU, and nested ones where `nested` asks for
     an axis or the papers have it.
     """
@@ -126,17 +126,17 @@ def rows_used(rows: int, size: Size, nested: bool) -> tuple[int, ...]:
     return fitting or (rows,)
 
 
-def epochs_for(rows: Sequence[int], size: Size) -> int:
+def epochs_for(rows: Sequence[int], size: SizeSettings) -> int:
     """Passes over the data: three as in the papers; one on a CPU, if it has enough rows."""
     return 1 if size.on_cpu and min(rows) >= 160 else 3
 
 
-def tokens_for(wanted: int, size: Size) -> int:
+def tokens_for(wanted: int, size: SizeSettings) -> int:
     """A power of two that holds `wanted` tokens and the template's own, from 128 to the longest."""
     return min(size.longest, max(128, 1 << (wanted + 32 - 1).bit_length()))
 
 
-def answer_tokens(longest: int, size: Size, scorer: str) -> int:
+def answer_tokens(longest: int, size: SizeSettings, scorer: str) -> int:
     """Tokens to answer an item in: for the reference, and for a calculation before a number."""
     working = {"number": 64 if size.on_cpu else 256, "choice": 8}.get(scorer, 0)
     return min(256, max(working, 8 * math.ceil((longest + 4) / 8)))

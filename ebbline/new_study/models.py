@@ -4,15 +4,15 @@ Only headers and JSON files are read. The number of parameters is counted from t
 """
 
 import importlib.util
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from ebbline.analysis.results.wording import count_label
 from ebbline.sweeps.study.references import Hub
 from ebbline.tasks.errors import ModelError
+from ebbline.tasks.headers.files import ADAPTER_CONFIG, CONFIG, read_json
 from ebbline.tasks.headers.gguf_header import is_gguf, read_gguf
 from ebbline.tasks.headers.model_header import read_header
 from ebbline.tasks.models.sizes import named_shape
@@ -46,18 +46,14 @@ class FoundModel:
 
     def __str__(self) -> str:
         kinds = {"path": "a folder of safetensors", "gguf": "a GGUF file", "hub": "on the hub"}
-        size = f"{shown(self.parameters)} parameters" if self.parameters else "of unknown size"
+        size = (
+            f"{count_label(self.parameters, digits=3)} parameters"
+            if self.parameters
+            else "of unknown size"
+        )
         template = {True: ", chat template", False: ", no chat template", None: ""}
         about = f"{self.architecture}, " if self.architecture else ""
         return f"{kinds[self.kind]}, {about}{size}{template[self.has_template]}"
-
-
-def shown(parameters: int) -> str:
-    """A number of parameters as models' names have it: 135M, 7B."""
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if parameters >= unit:
-            return f"{parameters / unit:.3g}{letter}"
-    return str(parameters)
 
 
 def look_at_model(given: str) -> FoundModel:
@@ -90,7 +86,7 @@ def base_of(model: FoundModel) -> str | None:
         return f"{model.name.rpartition('/')[0]}/{name}"
     if model.kind == "path" and model.located is not None:
         beside = model.located.with_name(name)
-        return str(beside) if (beside / "config.json").is_file() else None
+        return str(beside) if (beside / CONFIG).is_file() else None
     return None
 
 
@@ -108,8 +104,8 @@ def _in_package(package: str, file: str) -> Path:
 
 
 def _folder(given: str, path: Path) -> FoundModel:
-    if not (path / "config.json").is_file():
-        if (path / "adapter_config.json").is_file():
+    if not (path / CONFIG).is_file():
+        if (path / ADAPTER_CONFIG).is_file():
             raise ModelError(
                 f"{path} is an adapter and not a model; name the model that it was trained on"
             )
@@ -120,7 +116,8 @@ def _folder(given: str, path: Path) -> FoundModel:
             f"{path} has no .safetensors file, and ebbline reads no other weights of a folder; "
             "save the model again with `save_pretrained`"
         )
-    tokenizer = _json(path / "tokenizer_config.json")
+    settings = path / "tokenizer_config.json"
+    tokenizer = read_json(settings) if settings.is_file() else {}
     template = bool(tokenizer.get("chat_template")) or (path / "chat_template.jinja").is_file()
     return FoundModel(
         given,
@@ -131,14 +128,6 @@ def _folder(given: str, path: Path) -> FoundModel:
         header.architecture,
         template,
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except ValueError:
-        raise ModelError(f"{path} is not JSON; is the download complete?") from None
-    return found if isinstance(found, dict) else {}
 
 
 def _gguf(given: str, path: Path, fields: Mapping[str, str | None]) -> FoundModel:

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ebbline.analysis.results.wording import count_label
 from ebbline.new_study.defaults import (
-    Size,
+    SizeSettings,
     answer_tokens,
     epochs_for,
     rows_used,
@@ -17,7 +18,7 @@ from ebbline.new_study.defaults import (
     tokens_for,
 )
 from ebbline.new_study.files import FoundData, FoundPrompts, FoundTask
-from ebbline.new_study.models import FoundModel, shown
+from ebbline.new_study.models import FoundModel
 from ebbline.tasks.errors import StudyError
 
 WIDTH = 96
@@ -29,7 +30,7 @@ _CHAT = "the chat model: it is fine-tuned and measured"
 
 
 @dataclass(frozen=True)
-class Found:
+class NewStudy:
     """All that a new study is about. `bases` are as many as `models`; None where there is none."""
 
     name: str
@@ -42,7 +43,7 @@ class Found:
     chat_template: str | None = None
 
     @property
-    def largest(self) -> Size:
+    def largest(self) -> SizeSettings:
         return max((size_of(model.parameters) for model in self.models), key=lambda s: s.below)
 
     @property
@@ -50,7 +51,7 @@ class Found:
         return all(base is not None for base in self.bases)
 
 
-def study_text(found: Found, to: Path) -> str:
+def study_text(found: NewStudy, to: Path) -> str:
     """The study file; its paths start at the folder of `to`."""
     parts = [
         _head(found),
@@ -79,12 +80,12 @@ def path_from(to: Path, given: str) -> str:
     return target.as_posix() if far else Path(relative).as_posix()
 
 
-def sizes_of(found: Found) -> dict[str, tuple[FoundModel, FoundModel | None]]:
+def sizes_of(found: NewStudy) -> dict[str, tuple[FoundModel, FoundModel | None]]:
     """The name of each size -> its model and base: `7b`, or `7b-2` for the second of that size."""
     named: dict[str, tuple[FoundModel, FoundModel | None]] = {}
     for model, base in zip(found.models, found.bases, strict=True):
         written = _SIZE.findall(model.name)
-        counted = shown(model.parameters) if model.parameters else "model"
+        counted = count_label(model.parameters, digits=3) if model.parameters else "model"
         size = (written[-1] if written else counted).lower()
         name = size if size not in named else f"{size}-{len(named) + 1}"
         named[name] = (model, base)
@@ -96,7 +97,7 @@ def _comment(text: str, indent: str = "") -> Iterator[str]:
         yield f"{indent}# {line}"
 
 
-def _head(found: Found) -> Iterator[str]:
+def _head(found: NewStudy) -> Iterator[str]:
     yield from _comment(
         "Written by `ebbline new`. Every line may be changed; `ebbline validate` then checks it. "
         "docs/studies.md describes all parts of a study."
@@ -114,7 +115,7 @@ def _head(found: Found) -> Iterator[str]:
     yield "# hypothesis: ..."
 
 
-def _models(found: Found, to: Path) -> Iterator[str]:
+def _models(found: NewStudy, to: Path) -> Iterator[str]:
     yield "models:"
     for name, (model, base) in sizes_of(found).items():
         size = size_of(model.parameters)
@@ -163,11 +164,11 @@ def _file(given: str, to: Path) -> str:
     return f"{{path: {_mapping(fields)}}}"
 
 
-def _rows(found: Found) -> tuple[int, ...]:
+def _rows(found: NewStudy) -> tuple[int, ...]:
     return rows_used(found.data.rows, found.largest, nested=not found.is_projected)
 
 
-def _data(found: Found, to: Path) -> Iterator[str]:
+def _data(found: NewStudy, to: Path) -> Iterator[str]:
     size, rows = found.largest, _rows(found)
     yield from _comment(f"What it is fine-tuned on: {found.data.about}.")
     yield "data:"
@@ -184,7 +185,7 @@ def _data(found: Found, to: Path) -> Iterator[str]:
     )
 
 
-def _axes(found: Found) -> Iterator[str]:
+def _axes(found: NewStudy) -> Iterator[str]:
     size, rows = found.largest, _rows(found)
     yield from _comment(
         "What is varied: every combination is a point. A rank or a number of rows needs a training."
@@ -205,7 +206,7 @@ def _axes(found: Found) -> Iterator[str]:
     yield f"seeds: {list(size.seeds)}"
 
 
-def _suites(found: Found, to: Path) -> Iterator[str]:
+def _suites(found: NewStudy, to: Path) -> Iterator[str]:
     size = found.largest
     yield from _comment(
         "What is measured, before fine-tuning and at every point. Refusals are recognised by the "
@@ -230,7 +231,7 @@ def _suites(found: Found, to: Path) -> Iterator[str]:
     yield from _suite("task", found.task.given, measure, to)
 
 
-def _refusals(prompts: FoundPrompts, kind: str, size: Size, to: Path) -> Iterator[str]:
+def _refusals(prompts: FoundPrompts, kind: str, size: SizeSettings, to: Path) -> Iterator[str]:
     limit = _limit(prompts.prompts, size)
     measure = f"scorer: prefix, max_new_tokens: {size.refusal_tokens}{limit}"
     yield from _suite(kind, prompts.given, measure, to)
@@ -242,11 +243,11 @@ def _suite(kind: str, given: str, measure: str, to: Path) -> Iterator[str]:
     yield f"    measure: {{kind: {kind}, {measure}}}"
 
 
-def _limit(prompts: int, size: Size) -> str:
+def _limit(prompts: int, size: SizeSettings) -> str:
     return f", limit: {size.limit}" if prompts > size.limit else ""
 
 
-def _end(found: Found) -> Iterator[str]:
+def _end(found: NewStudy) -> Iterator[str]:
     size, rows = found.largest, _rows(found)
     metric = "rouge_l" if found.task.scorer == "rouge_l" else "task_accuracy"
     yield from _comment("The frontier is drawn over these two; higher is better in both.")

@@ -19,7 +19,8 @@ from optuna.trial import TrialState, create_trial
 
 from ebbline.sweeps.dominance import ranks
 from ebbline.sweeps.search.gain import gains_of
-from ebbline.sweeps.state.trials import DIRECTIONS, Entry, Names, plain
+from ebbline.sweeps.state.parameters import Names, plain
+from ebbline.sweeps.state.trials import DIRECTIONS, Entry
 from ebbline.sweeps.study.adapters.branches import ADAPTER, OwnAxes
 from ebbline.sweeps.study.points import Point, Value
 from ebbline.sweeps.study.space import written

@@ -1,7 +1,7 @@
 """Rename and remove studies of a home.
 
-Invariant: each is one rename of the study's folder, so a process that is killed leaves the study as
-it was before, or as it is afterwards. No driver and no W&B mirror can have the study meanwhile.
+Invariant: each is one rename of the study's folder. A process that is killed leaves the study as it
+was before, or as it is afterwards. No driver and no W&B mirror can have the study meanwhile.
 """
 
 import fcntl
@@ -15,7 +15,6 @@ from pydantic import TypeAdapter, ValidationError
 from ebbline.sweeps.study.database import shared_url
 from ebbline.sweeps.study.home import MIRROR_LOCK, POINTS_NAME, Home, is_plain
 from ebbline.sweeps.study.policies import Name
-from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError, StudyHeld
 from ebbline.tasks.files import write_whole
 
@@ -25,9 +24,9 @@ REMOVED = "removed"  # the folder of a home for removed studies, until their fil
 def rename(home: Home, old: str, new: str) -> None:
     """Rename a study. Its points keep their name inside their own database file.
 
-    Raises StudyError when the home has no study `old` or has one that is named `new`, when `new` is
-    no name for a study, or when another study starts warm from `old`. Raises StudyHeld when a
-    driver or a mirror has the study.
+    Raises StudyError when the home has no study `old` or has a study `new`, and when `new` is no
+    name for a study. Also when another study starts warm from `old`. Raises StudyHeld when a driver
+    or a mirror has the study.
     """
     require_free(home, new)
     require_removable(home, old)
@@ -85,8 +84,9 @@ def warmed_by(home: Home, name: str) -> list[str]:
     """The studies of the home whose search starts from the results of this one."""
     found = []
     for other in home.studies():
-        with suppress(ValidationError, ValueError):  # damaged: its own commands say so
-            if name in Study.model_validate_json(home.kept(other)).search.warm_start:
+        with suppress(StudyError):  # damaged: its own commands say so
+            study = home.begun(other)
+            if study is not None and name in study.search.warm_start:
                 found.append(other)
     return found
 

@@ -1,4 +1,4 @@
-"""Retried points. A failed trial stays as it is, because Optuna changes no trial that has ended; a
+"""Retried points. A failed trial stays as it is, because Optuna changes no trial that has ended. A
 trial with the same parameters takes its place, so the point keeps its number.
 """
 

@@ -22,6 +22,7 @@ from ebbline.sweeps.study.adapters.branches import ADAPTER, Branch
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.identity import digest
 from ebbline.tasks.measuring.metrics import Metric
+from ebbline.tasks.specs import AdapterSpec, TrainSpec
 
 _STAGE_NAME = re.compile(r"(?P<part>[^#\[]+)(#(?P<block>\d+))?\[seed=(?P<seed>\d+)\]")
 # Stages that make a point's adapter; also prefixes of their axes. Of an adapter from outside,
@@ -72,9 +73,9 @@ def is_of(point: Point, branch: Branch) -> bool:
     return point.model == branch.model and (brought(point) is None) != (ADAPTER in branch.axes)
 
 
-def made_by(point: Point) -> str:
-    """The stage that makes a point's adapter, before a defence changes it."""
-    return "train" if brought(point) is None else ADAPTER
+def adapter_stage(point: Point) -> str:
+    """The kind of the stage that makes a point's adapter before the defence."""
+    return TrainSpec.KIND if brought(point) is None else AdapterSpec.KIND
 
 
 def adapter_of(point: Point) -> Point:

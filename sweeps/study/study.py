@@ -419,6 +419,10 @@ class Study(Frozen):
         axes = of_size(self.axes, self.models[model].axes)
         return tuple(branches_of(model, axes, adapters, self.train is not None))
 
+    def model_of(self, adapter: str) -> str:
+        """The size that an adapter of `adapters` is measured on."""
+        return self.adapters[adapter].model or next(iter(self.models))
+
     @property
     def branches(self) -> tuple[Branch, ...]:
         """The parts of the space whose points have the same axes, in the order of the file."""

@@ -4,7 +4,6 @@ its config with one set of names.
 Invariant: `parameters` is exact or None. It is the sum over the headers of the weights' files.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ebbline.tasks.errors import ModelError
+from ebbline.tasks.headers.files import CONFIG, INDEX, SINGLE, read_json, tensor_shapes
 from ebbline.tasks.headers.gguf_header import GgufHeader, read_gguf
 from ebbline.tasks.paths import inside
 
 KnownFrom = Literal["the weights' headers", "the GGUF header", "config.json"]
-INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _GGUF_HEAD = "output.weight"
 _EMBEDDINGS = (
@@ -125,7 +124,7 @@ def _of_folder(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> ModelH
     """`stamps` is only a key of the cache."""
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{folder} has no {CONFIG}; is it a model folder?")
-    config = _object(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     # A multimodal model's language part has a config of its own.
     parts = (config.get(name) for name in ("text_config", "llm_config"))
     text: dict[str, Any] = next((part for part in parts if isinstance(part, dict)), {})
@@ -176,10 +175,8 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Each tensor's shape; empty if a file of the weights is missing. Raises ModelError for a
     damaged file.
     """
-    from safetensors import SafetensorError, safe_open
-
     if (folder / INDEX).is_file():
-        named = _object(folder / INDEX).get("weight_map")
+        named = read_json(folder / INDEX).get("weight_map")
         if not isinstance(named, dict):
             raise ModelError(f"{folder / INDEX} has no `weight_map`; is the download complete?")
         files = [inside(folder, name, folder / INDEX) for name in dict.fromkeys(named.values())]
@@ -187,27 +184,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         files = [folder / SINGLE]
     if not all(file.is_file() for file in files):
         return {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="np") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  # not a dict
-                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{file} cannot be read as safetensors ({error}); is the download complete?"
-            ) from None
-    return shapes
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is not JSON ({error}); is the download complete?") from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} holds no JSON object; is it the right file?")
-    return found
+    return {name: shape for file in files for name, shape in tensor_shapes(file).items()}
 
 
 def _number(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:

@@ -14,13 +14,8 @@ from typing import Any
 import torch
 
 from ebbline.tasks.errors import ModelError
-from ebbline.tasks.models.weights import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    is_embedding_or_head,
-    opened,
-    read_json,
-)
+from ebbline.tasks.headers.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapters_in, read_json
+from ebbline.tasks.models.weights import is_embedding_or_head, opened
 
 # Initialisations that move part of the base weight into A and B. The base that belongs to the
 # adapter can be computed again from the base weight only for the first two.
@@ -278,13 +273,6 @@ def _is_copy(name: str, config: Mapping[str, Any]) -> bool:
         return True
     module, _, kind = name.rpartition(".")
     return kind == "weight" and is_embedding_or_head(module) and not config.get("modules_to_save")
-
-
-def adapters_in(folder: Path) -> list[str]:
-    """The names of the folders in `folder` that hold adapters. PEFT saves every adapter there whose
-    name is not `default`.
-    """
-    return sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
 
 
 def _no_adapter(folder: Path) -> str:

@@ -23,6 +23,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ebbline.tasks.errors import ModelError
+from ebbline.tasks.headers.files import ADAPTER_CONFIG
 from ebbline.tasks.models.adapter_file import (
     ABOUT,
     REBUILDS_BASE,
@@ -33,7 +34,7 @@ from ebbline.tasks.models.adapter_file import (
 )
 from ebbline.tasks.models.adapter_names import PEFT_PREFIX, matched
 from ebbline.tasks.models.model_folder import UNREADABLE
-from ebbline.tasks.models.weights import ADAPTER_CONFIG, Checkpoint
+from ebbline.tasks.models.weights import Checkpoint
 
 ON = "default"  # PEFT's name for the adapter
 Slots = Sequence[tuple[torch.nn.Module, str, torch.nn.Module]]

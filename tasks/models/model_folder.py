@@ -20,7 +20,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.logging import set_tqdm_hook
 
 from ebbline.tasks.errors import ModelError
-from ebbline.tasks.models.weights import ADAPTER_CONFIG, Checkpoint, opened, read_json
+from ebbline.tasks.headers.files import ADAPTER_CONFIG, read_json
+from ebbline.tasks.models.weights import Checkpoint, opened
 from ebbline.tasks.paths import check_named_files
 
 # What transformers raises for a config that is missing, foreign or contradicts itself

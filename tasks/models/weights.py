@@ -5,7 +5,6 @@ are freed with it.
 """
 
 import difflib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -16,11 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ebbline.tasks.errors import ModelError
+from ebbline.tasks.headers.files import CONFIG, INDEX, SINGLE, read_json
 from ebbline.tasks.models.adapter_names import canonical
 from ebbline.tasks.paths import inside
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 
 # What quantisers store beside a weight, or in its place (bitsandbytes, GPTQ and AWQ, FP8,
 # compressed-tensors).
@@ -52,10 +49,7 @@ class Checkpoint:
     @cached_property
     def names(self) -> Mapping[str, Path]:
         """Tensor name -> the file that holds it."""
-        index, single = (
-            self.folder / "model.safetensors.index.json",
-            self.folder / "model.safetensors",
-        )
+        index, single = self.folder / INDEX, self.folder / SINGLE
         if index.exists():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
@@ -109,9 +103,7 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        return (
-            read_json(self.folder / "config.json") if (self.folder / "config.json").exists() else {}
-        )
+        return read_json(self.folder / CONFIG) if (self.folder / CONFIG).exists() else {}
 
     def is_conv1d(self, module: str) -> bool:
         """Whether a module's weight is stored as (d_in, d_out). Raises ModelError if config.json
@@ -293,13 +285,3 @@ def opened(path: Path) -> Any:
         raise ModelError(
             f"{path} cannot be read as safetensors ({error}); is the download complete?"
         ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error}); is the download complete?") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} holds no JSON object; is it the right file?")
-    return found

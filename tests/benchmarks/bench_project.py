@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 
 from ebbline.commands.project import project as project_adapters
 from ebbline.tasks.defences.projectors import Update, Workspace, alignment_basis, gate, project
-from ebbline.tasks.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
+from ebbline.tasks.headers.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ebbline.tasks.models.weights import Checkpoint
 from tests.benchmarks import record
 
 SHAPES = ((1024, 1024), (4096, 4096), (11008, 4096), (28672, 8192))

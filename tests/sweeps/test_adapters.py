@@ -19,8 +19,8 @@ from ebbline.analysis.results.tables import frontier_cells, results_frame
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.search.importance import importances
 from ebbline.sweeps.search.searcher import check_written_points
+from ebbline.sweeps.state.parameters import Names, is_whole, point_of
 from ebbline.sweeps.state.replicates import seeds_needed, seeds_of
-from ebbline.sweeps.state.trials import Names, is_whole, point_of
 from ebbline.sweeps.study.adapters.kept import kept_path
 from ebbline.sweeps.study.changes import differences, lasting, rejections
 from ebbline.sweeps.study.home import Home
@@ -32,7 +32,8 @@ from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import as_yaml, parse
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import PinError, StudyError
-from ebbline.tasks.models.brought.folder import WEIGHTS, adapter_digest
+from ebbline.tasks.headers.files import ADAPTER_WEIGHTS
+from ebbline.tasks.models.brought.folder import adapter_digest
 from ebbline.tasks.specs import AdapterSpec, GenerateSpec, SubspaceSpec
 from ebbline.tasks.stage import Source
 from tests.brought import BESIDE, adapter_folder, with_layout
@@ -212,7 +213,7 @@ def test_what_a_tool_leaves_beside_an_adapter_is_no_part_of_it(tmp_path, folder,
     assert isinstance(source, Source) and source.content == adapter_digest(adapter)
     copy = Path(source.location)
     assert copy == kept_path(home.root, source.content)
-    assert {path.name for path in copy.iterdir()} == {"adapter_config.json", WEIGHTS}
+    assert {path.name for path in copy.iterdir()} == {"adapter_config.json", ADAPTER_WEIGHTS}
     (adapter / "checkpoint-9").mkdir(exist_ok=True)
     (adapter / "checkpoint-9" / "optimizer.pt").write_text("later")
     assert StageGraph(found, home).stages_for(next(iter(space(found))))  # the training goes on
@@ -225,7 +226,7 @@ def test_a_damaged_copy_in_the_home_is_made_again_and_keys_need_no_original(tmp_
     found, home = only(tmp_path, folder), Home(tmp_path / "home")
     point = next(iter(space(found)))
     keys = {name: s.lineage for name, s in StageGraph(found, home).stages_for(point).items()}
-    copy = kept_path(home.root, adapter_digest(folder / "first")) / WEIGHTS
+    copy = kept_path(home.root, adapter_digest(folder / "first")) / ADAPTER_WEIGHTS
     whole = copy.read_bytes()
     copy.write_bytes(whole[:-1] + b"x")
     StageGraph(found, home).stages_for(point)

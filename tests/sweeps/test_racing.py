@@ -9,7 +9,7 @@ import pytest
 
 from ebbline.analysis.results.collect import baselines, collect
 from ebbline.cluster.executors.inline import InlineExecutor
-from ebbline.commands.evaluate import generations_of, rescore
+from ebbline.commands.measured.rescoring import generations_of, rescore
 from ebbline.outputs import write_outputs
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.forecast.expected import expected_points

@@ -16,7 +16,7 @@ from peft import IA3Config, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
-from ebbline.tasks.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ebbline.tasks.headers.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.tasks.test_weights import SMALL, lora
 from tests.tiny import word_tokenizer
 

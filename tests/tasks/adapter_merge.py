@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ebbline.tasks.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ebbline.tasks.headers.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 Tensors = dict[str, torch.Tensor]
 P = "base_model.model."

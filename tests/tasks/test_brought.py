@@ -14,12 +14,11 @@ from ebbline.checks.adapters import Fit, adapter_faults, base_notes, fault
 from ebbline.sweeps.study.study_file import parse
 from ebbline.tasks.defences.project import run_apply, run_project
 from ebbline.tasks.errors import DataError, ModelError
+from ebbline.tasks.headers.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ebbline.tasks.models.adapter_file import read_adapter
 from ebbline.tasks.models.brought.adopt import run
 from ebbline.tasks.models.brought.folder import (
-    CONFIG,
     TOKENIZER_FILES,
-    WEIGHTS,
     adapter_files,
     lora_shape,
     misfit,
@@ -47,7 +46,9 @@ def adopted(out: Path, adapter: Path, model: Path, **spec: object) -> Path:
         (lambda path: path.mkdir(), "it has no adapter_config.json"),
         (lambda path: adapter_folder(path / "checkpoint-4"), "Its folders hold adapters: checkp"),
         (
-            lambda path: (adapter_folder(path) / WEIGHTS).rename(path / "adapter_model.bin"),
+            lambda path: (adapter_folder(path) / ADAPTER_WEIGHTS).rename(
+                path / "adapter_model.bin"
+            ),
             "reads safetensors only",
         ),
     ],
@@ -63,7 +64,7 @@ def test_the_shapes_of_an_adapter_are_read_without_its_tensors(tmp_path):
     assert found.rank == 6 and found.target_modules == ("q_proj", "v_proj")
     assert as_training(str(tmp_path / "run")).rank == 6
     assert as_training("hub:model:a/b@0").rank == 16
-    (tmp_path / "run" / WEIGHTS).write_text("cut off")
+    (tmp_path / "run" / ADAPTER_WEIGHTS).write_text("cut off")
     with pytest.raises(ModelError, match="cannot be read as safetensors"):
         lora_shape(tmp_path / "run")
 
@@ -101,15 +102,15 @@ def test_validate_names_the_adapter_and_both_shapes(tmp_path, pair, monkeypatch)
     path.write_text(as_text(whole))
     assert adapter_faults(parse(path)) == []
     (note,) = base_notes(parse(path))
-    assert note.startswith("adapters.mine: its adapter_config.json names the base other-chat")
+    assert note.startswith("adapters.mine: its adapter_config.json names the base org/other-chat")
 
 
 @pytest.mark.parametrize("tool", BESIDE)
 def test_the_files_that_a_tool_writes_are_read_and_nothing_beside_them(tmp_path, pair, tool):
     adapter = with_layout(adapter_folder(tmp_path / "run", PAIR), tool)
     out = adopted(tmp_path / "out", adapter, pair.aligned)
-    assert {path.name for path in out.iterdir()} == {CONFIG, WEIGHTS}
-    before, after = (load_file(folder / WEIGHTS) for folder in (adapter, out))
+    assert {path.name for path in out.iterdir()} == {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+    before, after = (load_file(folder / ADAPTER_WEIGHTS) for folder in (adapter, out))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -129,8 +130,8 @@ def test_an_adapter_under_other_names_is_defended_under_those_of_the_model(tmp_p
     assert len(json.loads((applied / ApplySpec.CHOSEN).read_text())) == 2
     changed_tensors = [
         name
-        for name, tensor in load_file(applied / WEIGHTS).items()
-        if not torch.equal(tensor, load_file(out / WEIGHTS)[name])
+        for name, tensor in load_file(applied / ADAPTER_WEIGHTS).items()
+        if not torch.equal(tensor, load_file(out / ADAPTER_WEIGHTS)[name])
     ]
     assert len(changed_tensors) == 2 and all("lora_B" in name for name in changed_tensors)
 

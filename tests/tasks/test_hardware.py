@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ebbline.tasks.models.memory import Layout, fits, predict, shape_of
 from ebbline.tasks.specs import TrainSpec
-from ebbline.tasks.training.hardware import (
+from tests.hardware import (
     GANGS,
     predict_full,
     predict_measuring,

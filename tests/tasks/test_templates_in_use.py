@@ -17,14 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ebbline.checks.jobs import Jobs, ModelJob, SetJob
 from ebbline.checks.study_checks import check_study
 from ebbline.checks.with_models import answers_to
-from ebbline.commands.evaluate import chat_of, evaluate, other_base
+from ebbline.commands.evaluate import chat_of, evaluate
 from ebbline.sweeps.study.suites import TaskSuite
 from ebbline.tasks.errors import DataError, EvaluationError, ModelError
+from ebbline.tasks.headers.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ebbline.tasks.measuring import generate
 from ebbline.tasks.measuring.completions import CHANGES_NOTHING, read_completions
 from ebbline.tasks.measuring.prefix_lm import PrefixLM
+from ebbline.tasks.models.brought.folder import other_base
 from ebbline.tasks.models.loading import Residents, load_tokenizer
-from ebbline.tasks.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ebbline.tasks.specs import Chat, GenerateSpec, TrainSpec
 from ebbline.tasks.training import train
 from tests.sweeps.made import study

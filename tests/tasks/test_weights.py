@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma2Config, PreTrainedConfig
 
 from ebbline.tasks.errors import ModelError
+from ebbline.tasks.headers.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ebbline.tasks.models.adapter_file import read_adapter
-from ebbline.tasks.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
+from ebbline.tasks.models.weights import Checkpoint
 from tests.tiny import Pair
 from tests.tolerance import merged, within
 

@@ -12,20 +12,18 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from ebbline.analysis.results.costs import gpu_hours_label
 from ebbline.analysis.results.wording import size_label
+from ebbline.bars import progress_bar
 from ebbline.cluster.store.places import Folder
 from ebbline.cluster.store.retention import Survey
-from ebbline.commands.project import progress_bar
 from ebbline.commands.store import needed_by
 from ebbline.sweeps.drive.live import Live, read_live
-from ebbline.sweeps.search.searcher import limit
 from ebbline.sweeps.state.spending import NAME as LEDGER
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.state.trials import read
 from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.space import limit
 from ebbline.sweeps.study.study import Study
 from ebbline.tables import print_table
 from ebbline.tasks.errors import EbblineError
@@ -95,19 +93,15 @@ def rows_of(home: Home) -> Iterator[StudyRow]:
             survey = Survey(home.store, progress)
     for name in home.studies():
         try:
-            yield _row(home, name, survey)
-        except (ValidationError, UnicodeDecodeError):
-            problem = (
-                f"{home.path(name) / 'study.json'} cannot be read; restore it, or remove the "
-                "folder if nobody needs the study"
-            )
-            yield StudyRow(name, "cannot be read", problem=problem)
+            study = home.begun(name)
+            if study is not None:  # nobody removed it meanwhile
+                yield _row(home, study, survey)
         except (EbblineError, OSError, ValueError) as error:
             yield StudyRow(name, "cannot be read", problem=str(error))
 
 
-def _row(home: Home, name: str, survey: Survey | None) -> StudyRow:
-    study, folder = Study.model_validate_json(home.kept(name)), home.path(name)
+def _row(home: Home, study: Study, survey: Survey | None) -> StudyRow:
+    name, folder = study.study, home.path(study.study)
     counts = Counter(entry.state for entry in read(study, home.database(name))[0])
     spent, live = read_spent(folder), read_live(folder)
     size, problem = None, ""

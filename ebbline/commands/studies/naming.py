@@ -8,13 +8,12 @@ import typer
 
 from ebbline.analysis.results.wording import size_label
 from ebbline.analysis.wandb.memory import Memory
+from ebbline.bars import progress_bar
 from ebbline.cluster.store.retention import Survey
-from ebbline.commands.project import progress_bar
 from ebbline.commands.store import all_needed, needs_of_studies
 from ebbline.commands.studies.listing import folder_bytes
 from ebbline.sweeps.state.home_studies import remove, rename, require_free, require_removable
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import (
     as_yaml,
     load,
@@ -64,12 +63,9 @@ def copy_study(
         raise StudyError(f"{to}: the name of a study file ends in .yaml")
     if to.exists():
         raise StudyError(f"{to} exists; name another file with --to")
-    if frozen:
-        if not home.has_run(study):
-            raise StudyError(f"no study {study!r} in {home.root}, so it has no frozen settings")
-        begun = Study.model_validate_json(home.kept(study))
-    else:
-        begun = parse(source)
+    begun = home.begun(study) if frozen else parse(source)
+    if begun is None:
+        raise StudyError(f"no study {study!r} in {home.root}, so it has no frozen settings")
     whole = with_absolute_paths(begun, source)
     kept = not frozen and (
         to.resolve().parent == source.resolve().parent or whole.model_dump() == begun.model_dump()

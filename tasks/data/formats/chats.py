@@ -26,6 +26,12 @@ PAIRS = (
     ("question", "response"),
 )
 CHAT, SHAREGPT, ALPACA = "chat (`messages`)", "ShareGPT (`conversations`)", "Alpaca"
+# The columns that are read of a row in each of these formats
+_READ = {
+    CHAT: ("messages",),
+    SHAREGPT: ("conversations", "system"),
+    ALPACA: ("instruction", "input", "output", "system", "history"),
+}
 # Columns from which other programs make turns. Without them the row teaches something else.
 _NOT_READ = ("choices", "options")
 Conversation = list[Turn]
@@ -42,6 +48,14 @@ def chat_format(row: Mapping[str, Any]) -> str:
         return ALPACA
     pair = _pair(row)
     return f"{pair[0]} and {pair[1]}" if pair else ""
+
+
+def columns_read(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns of a row that its format reads."""
+    pair = _pair(row)
+    of_pair = (*pair, "context", "system") if pair else ()
+    names = _READ.get(chat_format(row), of_pair)
+    return tuple(name for name in names if row.get(name) is not None)
 
 
 def _pair(row: Mapping[str, Any]) -> tuple[str, str] | None:

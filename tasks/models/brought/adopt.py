@@ -1,5 +1,5 @@
-"""The stage `adapter`: an adapter that another tool trained, checked tensor by tensor against the
-model that it is measured on, and written under the names of that model's layers.
+"""The stage `adapter` takes in an adapter that another tool trained. It is checked tensor by tensor
+against the model that it is measured on, and written under the names of that model's layers.
 
 Later stages read it as they read an adapter that ebbline trained.
 """
@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 
 from ebbline.tasks.chat.tokenizers import read_tokenizer, unused_beside
 from ebbline.tasks.errors import ModelError
+from ebbline.tasks.headers.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ebbline.tasks.models.adapter_file import plain_lora, read_adapter_file
 from ebbline.tasks.models.adapters import fitted
-from ebbline.tasks.models.brought.folder import CONFIG, TOKENIZER_FILES, WEIGHTS
+from ebbline.tasks.models.brought.folder import TOKENIZER_FILES
 from ebbline.tasks.models.weights import Checkpoint
 from ebbline.tasks.specs import AdapterSpec, TokenizerOf
 from ebbline.tasks.stage import Context
@@ -31,16 +32,16 @@ def run(spec: AdapterSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) 
     require_tokenizer(source, model, spec.tokenizer)
     folder = out / spec.ADAPTER
     folder.mkdir()
-    save_file(dict(adapter.tensors), folder / WEIGHTS, metadata={"format": "pt"})
-    shutil.copyfile(source / CONFIG, folder / CONFIG)
+    save_file(dict(adapter.tensors), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    shutil.copyfile(source / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
     for name in TOKENIZER_FILES if spec.tokenizer == "adapter" else ():
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 
 
 def require_tokenizer(adapter: Path, model: Path, chosen: TokenizerOf | None) -> None:
-    """Raise ModelError if the tokenizer beside an adapter would render prompts otherwise than the
-    model's, and nobody has chosen one of them; or if the chosen one is not there.
+    """Raise ModelError if the tokenizer beside an adapter renders prompts otherwise than the
+    model's, and none is chosen. Also raise it if the chosen one is not there.
     """
     if chosen == "adapter":
         read_tokenizer(model, adapter)

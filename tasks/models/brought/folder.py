@@ -10,14 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from ebbline.tasks.errors import DataError, ModelError
+from ebbline.tasks.errors import DataError
+from ebbline.tasks.headers.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    adapters_in,
+    read_json,
+    tensor_shapes,
+)
 from ebbline.tasks.identity import content_digest, digest_files
 from ebbline.tasks.models.memory import Shape
 
-# ebbline.tasks.models.weights and ebbline.tasks.chat.tokenizers read them and import torch
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# ebbline.tasks.chat.tokenizers reads them and imports torch
 TOKENIZER_FILES = (
     "chat_template.jinja",
     "tokenizer.json",
@@ -35,17 +40,17 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 def adapter_files(folder: Path) -> dict[str, Path]:
     """Name -> path of the files that belong to an adapter. Raises DataError if it lacks one."""
-    for name in (CONFIG, WEIGHTS):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise DataError(f"{folder} is no adapter: it has no {name}.{_elsewhere(folder)}")
-    names = (CONFIG, WEIGHTS, *TOKENIZER_FILES)
+    names = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *TOKENIZER_FILES)
     return {name: folder / name for name in sorted(names) if (folder / name).is_file()}
 
 
 def _elsewhere(folder: Path) -> str:
     if (folder / "adapter_model.bin").exists():
         return " ebbline reads safetensors only: load the adapter with PEFT and save it again"
-    below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    below = adapters_in(folder)
     return f" Its folders hold adapters: {', '.join(below)}. Name one of them" if below else ""
 
 
@@ -53,6 +58,27 @@ def adapter_digest(folder: Path, cache: Path | None = None) -> str:
     """The content digest of an adapter: of the files that belong to it. Raises DataError."""
     files = adapter_files(folder)
     return digest_files({name: content_digest(path, cache) for name, path in files.items()})
+
+
+def other_base(adapter: Path, model: str, folder: Path | None) -> str:
+    """The base that an adapter's config names, if it is another model by its name; else empty.
+
+    `model` is the name that the user gave, `folder` where the model is on this machine. A copy
+    under another name is not the same by its name, so this is no error.
+    """
+    named = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named.strip():
+        return ""
+    names = {model}
+    if folder is not None:
+        saved = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+        repository = folder.resolve().parent.parent.name.rpartition("--")[2]  # of a hub snapshot
+        names |= {str(folder.resolve()), repository, str(saved.get("_name_or_path") or "")}
+    return "" if _last(named) in map(_last, names) else named
+
+
+def _last(name: str) -> str:
+    return name.partition("@")[0].rstrip("/\\").replace("\\", "/").rpartition("/")[2].lower()
 
 
 @dataclass(frozen=True)
@@ -75,15 +101,7 @@ def lora_shape(folder: Path) -> LoraShape:
     """The shapes in an adapter's file; reads no tensor. Raises ModelError for a file that is not
     safetensors.
     """
-    path = folder / WEIGHTS
-    try:
-        with safe_open(path, framework="np") as file:
-            names = list(file.keys())
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path} cannot be read as safetensors ({error}); is the download complete?"
-        ) from error
+    shapes = tensor_shapes(folder / ADAPTER_WEIGHTS)
     rank, layers = 0, {}
     for name, first in shapes.items():
         second = shapes.get(name.removesuffix(_A) + _B)

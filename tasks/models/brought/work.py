@@ -30,8 +30,8 @@ def lora_of(adapter: Input) -> tuple[Input, TrainSpec] | None:
 def as_training(location: str) -> TrainSpec:
     """The rank and the modules of an adapter from outside, as settings of a training.
 
-    One on the hub counts with ASSUMED_RANK and all modules of a layer, and so does a damaged one:
-    the stage that reads it says what is wrong.
+    One on the hub counts with ASSUMED_RANK and all modules of a layer. So does a damaged one: the
+    stage that reads it says what is wrong.
     """
     try:
         return _from_file(location)

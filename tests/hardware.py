@@ -1,5 +1,5 @@
 """What fits on which GPU: the smallest gang of a training, full fine-tuning too, and the memory of
-measuring. docs/hardware.md is made from it. No torch.
+measuring. docs/hardware.md has these numbers, and nothing in ebbline reads them. No torch.
 
 ebbline.tasks.models.memory predicts LoRA trainings. The two predictions of this module count fewer
 parts, and nothing was measured on a GPU.

@@ -17,11 +17,10 @@ from ebbline.analysis.results.measurements import Comparison, Measurement, compa
 from ebbline.analysis.results.statistics import SHARES
 from ebbline.analysis.results.wording import directed_label
 from ebbline.commands.compare import MODEL_FIELDS, comparison_json, moved_label, short_label
+from ebbline.commands.measured.outcome import DONE, FILES, METRICS_FOLDER, NO_ADAPTER, files_of
 from ebbline.tasks.errors import StudyError
-from ebbline.tasks.identity import folder_files
 from ebbline.tasks.measuring.metrics import METRICS, Metric, Sample, read_metrics, read_samples
-
-NO_ADAPTER, METRICS_FOLDER, DONE, PROMPTS = "model", "metrics", "done.json", "prompts.json"
+from ebbline.tasks.specs import GenerateSpec
 
 
 @dataclass(frozen=True)
@@ -102,10 +101,10 @@ def _outcomes(folders: Sequence[Path]) -> list[Outcome]:
 
 def _outcome(folder: Path, label: str) -> Outcome:
     metrics = {metric.name: metric for metric in read_metrics(folder / METRICS_FOLDER)}
-    asked = folder / "generate"
+    asked = folder / GenerateSpec.KIND
     stages = [path for path in (asked, folder / METRICS_FOLDER) if _has(path)]
     marks = [_spec_of(path) for path in stages]
-    prompts = _read((asked if _has(asked) else folder / METRICS_FOLDER) / PROMPTS)
+    prompts = _read((asked if _has(asked) else folder / METRICS_FOLDER) / GenerateSpec.PROMPTS)
     settings: dict[str, object] = {
         name: value
         for spec in marks
@@ -123,8 +122,8 @@ def _has(stage: Path) -> bool:
 def _spec_of(stage: Path) -> dict[str, Any]:
     """The settings of a finished stage. Raises StudyError if its files were changed afterwards."""
     mark = _read(stage / DONE)
-    files = {name: sha for name, sha in folder_files(stage).items() if name != DONE}
-    if mark.get("files", files) != files:
+    files = files_of(stage)
+    if mark.get(FILES, files) != files:
         raise StudyError(
             f"{stage} was changed since it was measured; remove it, and measure it again with "
             "`ebbline evaluate`"

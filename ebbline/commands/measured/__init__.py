@@ -1,0 +1,1 @@
+"""What `ebbline evaluate` measured: shown, compared, and scored again."""
