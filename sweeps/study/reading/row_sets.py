@@ -13,7 +13,7 @@ from ebbline.sweeps.study.references import Data, DataRef, Hub
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import MultipleChoiceSuite, Suite, prompts_of
 from ebbline.tasks.data.conversations import read_conversations
-from ebbline.tasks.data.reader import data_files, read_rows
+from ebbline.tasks.data.formats.folders import read_set
 from ebbline.tasks.data.rows import LANGUAGE_ROWS, LANGUAGE_TASKS
 from ebbline.tasks.errors import DataError
 
@@ -155,8 +155,7 @@ def _values(study: Study, data: Data, axis: str) -> set[float]:
 
 def _training_format(path: Path) -> tuple[str, tuple[str, ...]]:
     """(format, columns) of training data, by the columns of its first row."""
-    file = data_files(path)[0] if path.is_dir() else path
-    row = next(iter(read_rows(file))).values
+    row = next(read_set(path, "train")).values
     for name, columns in TRAINING.items():
         if row.get(columns[0]) is not None:
             return name, tuple(column for column in columns if column in row)
