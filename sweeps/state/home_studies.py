@@ -44,7 +44,9 @@ def rename(home: Home, old: str, new: str) -> None:
             home.path(old).rename(home.path(new))
         except OSError as error:
             raise StudyError(f"{home.path(old)} cannot be renamed: {error}") from error
-    home.keep(new, home.kept(new))  # for people who read the file; `kept` has the new name anyway
+    with suppress(OSError, ValueError):  # cannot be read: the folder has the new name
+        # for people who read the file; `kept` has the new name anyway
+        home.keep(new, home.kept(new))
 
 
 def remove(home: Home, name: str) -> None:
@@ -85,7 +87,7 @@ def warmed_by(home: Home, name: str) -> list[str]:
     """The studies of the home whose search starts from the results of this one."""
     found = []
     for other in home.studies():
-        with suppress(ValidationError, ValueError):  # damaged: its own commands say so
+        with suppress(OSError, ValueError):  # cannot be read: its own commands say so
             if name in Study.model_validate_json(home.kept(other)).search.warm_start:
                 found.append(other)
     return found

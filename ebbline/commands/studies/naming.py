@@ -14,7 +14,6 @@ from ebbline.commands.store import all_needed, needs_of_studies
 from ebbline.commands.studies.listing import folder_bytes
 from ebbline.sweeps.state.home_studies import remove, rename, require_free, require_removable
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import (
     as_yaml,
     load,
@@ -65,9 +64,10 @@ def copy_study(
     if to.exists():
         raise StudyError(f"{to} exists; name another file with --to")
     if frozen:
-        if not home.has_run(study):
+        stored = home.begun(study) if home.has_run(study) else None
+        if stored is None:
             raise StudyError(f"no study {study!r} in {home.root}, so it has no frozen settings")
-        begun = Study.model_validate_json(home.kept(study))
+        begun = stored
     else:
         begun = parse(source)
     whole = with_absolute_paths(begun, source)
