@@ -224,6 +224,14 @@ def test_rows_that_are_cut_unknown_or_beyond_the_positions_are_notes(mine):
     assert "beyond the 256 positions of models.mine.aligned" in beyond
 
 
+def test_a_hub_folder_of_training_data_is_read_as_its_split_is(mine):
+    (mine / "set" / "data").mkdir(parents=True)
+    for split in ("train", "test"):
+        shutil.copy(mine / "train.jsonl", mine / "set" / "data" / f"{split}-00000-of-00001.jsonl")
+    found = check_study(save(mine, {"data/pool/path/path": "set"}))
+    assert found.faults == [] and found.sets[0].rows == 20
+
+
 def test_a_snapshot_in_the_hubs_cache_is_checked_like_a_folder(mine, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     commit = "a" * 40

@@ -209,6 +209,15 @@ def test_a_removal_that_was_killed_is_completed_by_the_next(
     assert not (home.root / "removed").exists()
 
 
+def test_a_study_that_cannot_be_read_does_not_hold_the_names_of_others(home: Home) -> None:
+    (home.folder("folder") / "study.json").mkdir()
+    (home.folder("bytes") / "study.json").write_bytes(b"\xff\xfe")
+    rename(home, "bytes", "other")
+    rename(home, "tiny", "new")
+    remove(home, "other")
+    assert home.studies() == ["folder", "new"]
+
+
 def test_a_list_has_a_row_for_each_study_and_for_those_that_cannot_be_read(home: Home) -> None:
     for name, text in [("broken", "{"), ("empty", "{}"), ("binary", "\x00")]:
         home.keep(name, text)

@@ -145,7 +145,7 @@ def test_adapters_are_projected_reported_and_measured_without_the_extra(
         light, "project", "--adapter", "adapter", *models, "--out", "safer", "--report", report
     )
     assert done.exit_code == 0 and report.stat().st_size > 0, done.output
-    (found,) = evaluate(
+    _, found = evaluate(
         pair.aligned,
         "refusal",
         "set.csv",

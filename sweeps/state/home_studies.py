@@ -43,7 +43,9 @@ def rename(home: Home, old: str, new: str) -> None:
             home.path(old).rename(home.path(new))
         except OSError as error:
             raise StudyError(f"{home.path(old)} cannot be renamed: {error}") from error
-    home.keep(new, home.kept(new))  # for people who read the file; `kept` has the new name anyway
+    with suppress(OSError, ValueError):  # cannot be read: the folder has the new name
+        # for people who read the file; `kept` has the new name anyway
+        home.keep(new, home.kept(new))
 
 
 def remove(home: Home, name: str) -> None:

@@ -24,8 +24,8 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 
 from ebbline.tasks.data.conversations import is_training_data, read_conversations
+from ebbline.tasks.data.formats.folders import read_set
 from ebbline.tasks.data.prompts import Prompt, PromptSet, read_prompts
-from ebbline.tasks.data.reader import data_files, read_rows
 from ebbline.tasks.errors import DataError, StudyError
 
 LOWEST_SIMILARITY = 0.1
@@ -166,9 +166,8 @@ def read_other(path: Path) -> PromptSet:
     """The set that another is compared with: prompts, or the user's turns of training data. The id
     of a turn is the number of its row and, after the first turn, of the turn: 12, 12:2.
     """
-    files = data_files(path) if path.is_dir() else [path]
     try:
-        first = next(read_rows(files[0]), None) if len(files) == 1 else None
+        first = next(read_set(path, "train"), None)
     except DataError:
         first = None  # read_prompts raises it, or knows the shape
     if first is None or not is_training_data(first.values):

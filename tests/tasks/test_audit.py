@@ -414,3 +414,11 @@ def test_the_turns_of_a_conversation_have_ids_of_their_own(tmp_path):
     (tmp_path / "x.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 2)
     read = read_other(tmp_path / "x.jsonl")
     assert [prompt.id for prompt in read.prompts] == ["1", "1:2", "2", "2:2"] and read.rows == 2
+
+
+def test_another_set_in_a_hub_folder_is_its_training_split(tmp_path):
+    (tmp_path / "data").mkdir()
+    for split, text in (("train", "plant a zorble"), ("test", "tune it")):
+        row = json.dumps({"instruction": text, "input": "", "output": "o"})
+        (tmp_path / "data" / f"{split}-00000-of-00001.jsonl").write_text(row)
+    assert [each.text for each in read_other(tmp_path).prompts] == ["plant a zorble"]
