@@ -4,6 +4,7 @@ Invariant: the tables are written first, and no output takes another with it.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,9 @@ from ebbline.analysis.report.attempts import LOG, Attempts
 from ebbline.analysis.report.findings import figures_of, findings
 from ebbline.analysis.report.provenance import provenance
 from ebbline.analysis.report.report import write_report
+from ebbline.analysis.report.verdict import answer_cells, verdict
 from ebbline.analysis.results.adapter_notes import adapter_notes
+from ebbline.analysis.results.before_after import before_after
 from ebbline.analysis.results.collect import (
     StoredEvidence,
     artifacts_behind,
@@ -22,8 +25,9 @@ from ebbline.analysis.results.collect import (
     costs_before,
     projections,
 )
+from ebbline.analysis.results.columns import left_out_line, table_text
 from ebbline.analysis.results.costs import cost_rows, prediction_rows
-from ebbline.analysis.results.measurements import NO_EVIDENCE
+from ebbline.analysis.results.measurements import NO_EVIDENCE, Baselines, Evidence
 from ebbline.analysis.results.no_refusals import no_refusals
 from ebbline.analysis.results.picks.choices import chosen
 from ebbline.analysis.results.tables import (
@@ -37,12 +41,28 @@ from ebbline.commands.plan import GANTT
 from ebbline.sweeps.forecast.prediction import read_predictions
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
+from ebbline.tasks.errors import StudyError
 
 
 def attempts_of(view: StudyView) -> Attempts:
     """A new record of what could not be made of a study's outputs, with its log."""
     return Attempts(view.folder / LOG)
+
+
+def require_current(view: StudyView, results: Sequence[Result]) -> None:
+    """Raise StudyError when every measured point is outdated: new outputs would replace those of
+    the earlier measurements with empty ones.
+    """
+    counts = Counter(result.status for result in results)
+    if counts["outdated"] and not counts["done"]:
+        raise StudyError(
+            f"all {counts['outdated']} measured points of {view.study.study!r} are outdated: an "
+            "upgrade, a change of the study or a removal replaced their keys. "
+            f"`ebbline run {view.name}` measures them again; until then the tables and the report "
+            f"in {view.folder} stay as they are"
+        )
 
 
 def write_outputs(
@@ -97,6 +117,27 @@ def write_outputs(
     if report is not None:
         paths["report"] = report
     return paths
+
+
+def answer_text(
+    study: Study,
+    results: Sequence[Result],
+    before: Baselines,
+    evidence: Evidence,
+    width: int | None,
+) -> str:
+    """The report's first sentence and its table of each model, for a terminal `width` columns wide;
+    empty when no model has refusals to compare.
+    """
+    lines = before_after(study, results, before, evidence)
+    sentence = verdict(study, results, lines)
+    if not sentence:
+        return ""
+    cells = answer_cells(study, results, lines)
+    columns = list(map(str, cells.columns))
+    rows = [list(map(str, row)) for row in cells.itertuples(index=False)]
+    text, left_out = table_text(columns, rows, width, ())
+    return "\n".join([sentence, "", text, *left_out_line(left_out)])
 
 
 def print_outputs(

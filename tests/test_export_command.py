@@ -367,7 +367,7 @@ def test_what_cannot_be_exported_is_an_error_before_anything_is_written(
     changed = tmp_path / "study.yaml"
     changed.write_text(file.read_text().replace("steps: 2", "steps: 3"))
     done = ebbline("export", changed, "--to", to, "--home", home.root)
-    assert done.exit_code == 1 and "was begun in" in done.output and "train.steps" in done.output
+    assert done.exit_code == 1 and "is not what" in done.output and "train.steps" in done.output
     assert ebbline("export", file, "--home", home.root).exit_code == 2 and not to.exists()
 
 

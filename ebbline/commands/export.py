@@ -22,6 +22,12 @@ def export_study(
 ) -> None:
     """Write the export and list its content."""
     study = view.study
+    if edited := view.edited():
+        changes = "\n".join(f"  {line}" for line in edited)
+        raise StudyError(
+            f"{view.source} is not what {study.study!r} was begun with in {view.home.root}:\n"
+            f"{changes}\nName the study by its name alone, or run the file first"
+        )
     try:
         done = write_export(view, to, BOTH if style == "both" else (style,))
     except EbblineError:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ebbline.analysis.report.attempts import MOST, Attempts
 from ebbline.analysis.report.report import rows_for_scripts
-from ebbline.analysis.results.collect import baselines, collect
+from ebbline.analysis.results.collect import StoredEvidence, baselines, collect
 from ebbline.analysis.results.costs import cost_label, prediction_label
 from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
 from ebbline.analysis.results.no_refusals import no_refusals
@@ -30,7 +30,7 @@ from ebbline.cluster.executors.on_demand import OnDemand
 from ebbline.commands.plan import draw, wanted_by
 from ebbline.commands.status import without_result
 from ebbline.options import FAILED_POINTS, OUTPUT_MISSING, OVER_BUDGET, STOPPED
-from ebbline.outputs import attempts_of, print_outputs, write_outputs
+from ebbline.outputs import answer_text, attempts_of, print_outputs, write_outputs
 from ebbline.show import Screen
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.drive.progress import Progress
@@ -215,6 +215,14 @@ def _run(
             or "The table of the frontier could not be made."
         )
         print(f"\n{table}\n")
+        answer = attempts.make(
+            "the answer",
+            lambda: answer_text(
+                study, results, baselines(view), StoredEvidence(view), table_width(wide)
+            ),
+        )
+        if answer:
+            print(f"{answer}\n")
         notes = attempts.make("the notes on refusals", lambda: no_refusals(study, baselines(view)))
         for note in notes or ():
             print(f"note: {note}\n")

@@ -22,6 +22,7 @@ from ebbline.analysis.results.tables import frontier_text, results_frame
 from ebbline.analysis.results.wording import NO_RESULT, reason_label, status_label
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.commands.slurm.queue import queued_job
+from ebbline.outputs import answer_text
 from ebbline.show import Lines, Picture, budgeted, progress_line
 from ebbline.sweeps.drive.live import Live, read_live
 from ebbline.sweeps.forecast.expected import expected_points
@@ -265,6 +266,8 @@ def print_status(
     print(f"spent: {driven}{f'; the budget: {budget}' if budget else ''}\n")
     frame = results_frame(results, study.objectives)
     print(frontier_text(frame, study.objectives, table_width(wide)))
+    if text := answer_text(study, results, before, evidence, table_width(wide)):
+        print(f"\n{text}")
     for note in no_refusals(study, before):
         print(f"\nnote: {note}")
     for line in [*without_result(results), retry_hint(results, study.study)]:
