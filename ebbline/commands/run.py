@@ -339,9 +339,10 @@ def _summary(progress: Progress, seconds: float) -> str:
     }.values()
     ran = sum(not node.reused for node in nodes)
     counts = Counter(result.status for result in progress.results)
+    points = len(progress.results)
     line = (
-        f"{len(progress.results)} points in this run, {ran} stages run and {len(nodes) - ran} "
-        f"found in the store, {seconds:.0f} s"
+        f"{points} point{'s' * (points != 1)} in this run, {ran} stage{'s' * (ran != 1)} run and "
+        f"{len(nodes) - ran} found in the store, {seconds:.0f} s"
     )
     spent = cost_label(progress.spending.spent().cost, progress.spending.profile)
     line += f", {spent} spent by all runs"
