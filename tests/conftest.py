@@ -215,6 +215,9 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         ("waited", waited_s, 3 * FAST_S),
     ):
         if taken_s > limit_s:
+            # Other work on the machine's cores slows this one: how fast is Python just now?
+            limit_s = max(limit_s, limit_s / FAST_S * _fast_s())
+        if taken_s > limit_s:
             pytest.fail(
                 f"a test of the fast tier {what} for {taken_s:.1f} s, which is over {limit_s:g} "
                 f"s. {HOW}",

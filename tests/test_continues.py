@@ -213,6 +213,7 @@ def test_second_driver_says_who_holds_the_study_and_leaves(study: Path, tmp_path
     assert first.returncode == 130, printed
 
 
+@pytest.mark.long
 def test_a_killed_run_on_a_bucket_and_a_database_goes_on_to_the_table_of_one_on_a_disk(
     study: Path, undisturbed: Path, bucket: str, postgres: Postgres, tmp_path: Path
 ) -> None:

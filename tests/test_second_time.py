@@ -48,7 +48,7 @@ class Mine:
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mine:
     found = Mine(tmp_path)
     monkeypatch.setattr(running, "OnDemand", lambda kind, wanted: Pretended(found.home.store))
-    monkeypatch.setattr(running, "require_templates", lambda study: None)  # no real models
+    monkeypatch.setattr(running, "require_checked", lambda study, home, now: [])  # no real models
     monkeypatch.setattr(StoredEvidence, "samples", lambda self, subject, suite: {})
     return found
 

@@ -68,7 +68,6 @@ def one_of_each() -> list[Stage]:
         Stage(ConvertSpec(), {"source": Source("g", "/models/SmolLM2-135M-Instruct.Q4_1.gguf")}),
         ROWS.stage,
         trained,
-        Stage(AdapterSpec(), {"source": Source("a", "/adapters/mine"), "model": SEVEN_B}),
         Stage(
             SubspaceSpec(energy=0.9, target_modules=("q_proj",)),
             {"base": SEVEN_B, "aligned": SEVEN_B},
@@ -79,6 +78,7 @@ def one_of_each() -> list[Stage]:
         judge,
         Stage(ScoreSpec(measure="refusal", scorer="prefix"), {"generation": generation}),
         Stage(EvaluateSpec(task="mmlu"), {"model": SEVEN_B, "prompts": PROMPTS}),
+        Stage(AdapterSpec(), {"source": Source("a", "/adapters/mine"), "model": SEVEN_B}),
     ]
 
 
