@@ -220,6 +220,7 @@ def test_a_node_killed_under_a_gang_and_one_drained_change_no_result(
     )
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_hung_gang_and_a_hung_task_are_killed_and_retried(
     machines: Machines,
