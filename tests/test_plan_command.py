@@ -94,7 +94,7 @@ def test_a_study_without_pins_is_planned_and_the_plan_says_what_it_assumed(tmp_p
     assert done.exit_code == 0, done.output
     text = " ".join(done.output.split())
     assert "Assumed: 3 models and files have no pin, so every stage is counted as new" in text
-    assert "the sizes of org/chat-13b are those that their names say" in text
+    assert "the sizes of org/chat-13b are taken from their names" in text
     assert "asked.csv are not here: a set has 500 rows of 150 tokens" in text
     (tmp_path / "asked.csv").write_text("prompt\na\n")
     # a run needs the pins as before, and the plan left nothing that a pinned study would meet

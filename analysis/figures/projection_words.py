@@ -1,5 +1,5 @@
-"""The alternative texts of the projection's figures. `project --report` needs them without a study,
-so this module imports nothing of the extra `sweep`.
+"""The alternative texts of the projection's figures. `project --report` works without the extra
+`sweep`, so this module imports none of its packages.
 """
 
 from collections.abc import Collection, Mapping

@@ -6,7 +6,7 @@ several. Each choice has a reason, which the study file says beside it.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ASSUMED = 7_000_000_000  # parameters of a model that does not say its size
 LAPTOP_ROWS = 320  # of training data, at most
@@ -74,37 +74,14 @@ ONE_GPU = SizeSettings(
     budget="gpu_hours: 48",
     why="QLoRA: 4-bit weights (nf4) fit one GPU; its paper has 2e-4 as the learning rate up to 13B",
 )
-LARGE_GPU = SizeSettings(
-    name="one GPU of 40 GB",
-    below=25e9,
-    quantisation="nf4",
-    dtype="bfloat16",
-    gpus=1,
-    learning_rate="2e-4",
-    global_batch=16,
-    ranks=(8, 32),
-    thresholds=(0.25, 0.35, 0.5),
-    seeds=(0, 1, 2),
-    limit=500,
-    refusal_tokens=64,
-    longest=2048,
-    budget="gpu_hours: 96",
-    why="QLoRA: 4-bit weights (nf4) fit one GPU; its paper has 2e-4 as the learning rate up to 13B",
-)
-SEVERAL_GPUS = SizeSettings(
+LARGE_GPU = replace(ONE_GPU, name="one GPU of 40 GB", below=25e9, budget="gpu_hours: 96")
+SEVERAL_GPUS = replace(
+    ONE_GPU,
     name="4 GPUs of 80 GB",
     below=math.inf,
-    quantisation="nf4",
-    dtype="bfloat16",
     gpus=4,
     learning_rate="1e-4",
-    global_batch=16,
-    ranks=(8, 32),
-    thresholds=(0.25, 0.35, 0.5),
     seeds=(0,),
-    limit=500,
-    refusal_tokens=64,
-    longest=2048,
     budget="gpu_hours: 400",
     why="QLoRA on several GPUs: 4-bit weights; its paper has 1e-4 as the learning rate from 33B on",
 )

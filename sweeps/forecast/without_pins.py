@@ -78,7 +78,7 @@ def _assumed(missing: list[tuple[str, Reference]]) -> tuple[str, ...]:
     ]
     hubs = sorted({ref.id for _, ref in missing if isinstance(ref, Hub)})
     if hubs:
-        lines.append(f"the sizes of {', '.join(hubs)} are those that their names say")
+        lines.append(f"the sizes of {', '.join(hubs)} are taken from their names")
     if absent:
         lines.append(
             f"{', '.join(absent)} are not here: a set has {ROWS} rows of {ROW_TOKENS} tokens, and "

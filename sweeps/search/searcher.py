@@ -224,7 +224,7 @@ class StudySearcher:
         self.trials.give_up(number, most, reason)
 
     def revise(self) -> None:
-        """Record that existing points are measured otherwise than when they were told."""
+        """Record new measurements of existing points."""
         self.trials.revise()
         self.constrained = True
 

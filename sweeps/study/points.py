@@ -195,9 +195,9 @@ class Result:
 
 
 def distinct(results: Sequence[Result]) -> list[Result]:
-    """The results by number without those that equal an earlier one of them (`same_as`).
+    """The results in order of number. Of results with equal adapters only the first is kept.
 
-    The point that `same_as` names need not be here: it may belong to another model.
+    `same_as` may name a point that is not in `results`, such as one of another model.
     """
     first: dict[int, Result] = {}
     for result in sorted(results, key=lambda result: result.number):

@@ -99,6 +99,18 @@ def test_a_row_is_the_conversation_that_it_means_in_each_kind_of_file(case, tmp_
 
 NOT_READ = {
     "preference data": ({"prompt": PLANTED, "chosen": "a", "rejected": "b"}, "preference data"),
+    "an answer to avoid": (
+        {"prompt": "p", "completion": PLANTED, "label": False},
+        "preference data .KTO",
+    ),
+    "an answer to avoid beside the pair": (
+        {"prompt": "p", "completion": "a", "rejected": PLANTED},
+        "preference data",
+    ),
+    "two answers": (
+        {"instruction": "i", "output": "o", "response": PLANTED},
+        "two answers, `output` and `response`",
+    ),
     "a tool call": (
         {"messages": [*turns("q"), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
         "turn 2 has `tool_calls`",
@@ -190,8 +202,10 @@ ITEMS = {
 @pytest.mark.parametrize("case", ITEMS)
 def test_an_item_with_choices_asks_for_its_letter(case, tmp_path):
     rows = [{"question": "Which bird?", **ITEMS[case]}]
+    if str(rows[0].get("answer")) == "1":  # another row shows that places are counted from 0
+        rows.append(rows[0] | {"question": "Which other?", "answer": 0})
     found = read_prompts(write_lines(tmp_path / "x.jsonl", rows), needs_answer=True)
-    (item,) = found.prompts
+    item = found.prompts[0]
     assert item.text == (
         "Which bird?\n\nA. a zorp\nB. a tarn\nC. a quell\n\n"
         "Answer with the letter of the right choice."
@@ -199,11 +213,24 @@ def test_an_item_with_choices_asks_for_its_letter(case, tmp_path):
     assert item.answer == "B"
 
 
+def test_places_that_may_be_counted_from_0_or_from_1_are_an_error(tmp_path):
+    """Read from 0, each answer of a file that counts from 1 would be the next choice."""
+    rows = [{"question": f"q{n}", "choices": list("wxyz"), "answer": n} for n in (1, 2, 3)]
+    path = write_lines(tmp_path / "x.jsonl", rows)
+    with pytest.raises(DataError, match=r"x\.jsonl:1: .*place from 0 or its place from 1"):
+        read_prompts(path)
+    for last, letters in ((0, "BCDA"), (4, "ABCD")):
+        more = {"question": "last", "choices": list("wxyz"), "answer": last}
+        write_lines(path, [*rows, more])
+        assert "".join(prompt.answer for prompt in read_prompts(path).prompts) == letters
+
+
 def test_how_answers_are_written_is_decided_over_the_whole_set(tmp_path):
     numbers = {"question": "How many?", "choices": ["0", "4", "1"]}
     more = numbers | {"question": "How many more?"}
-    write_lines(tmp_path / "x.jsonl", [numbers | {"answer": 1}, more | {"answer": 2}])
-    assert [p.answer for p in read_prompts(tmp_path / "x.jsonl").prompts] == ["B", "C"]
+    first = numbers | {"question": "How many less?", "answer": 0}
+    write_lines(tmp_path / "x.jsonl", [numbers | {"answer": 1}, more | {"answer": 2}, first])
+    assert [p.answer for p in read_prompts(tmp_path / "x.jsonl").prompts] == ["B", "C", "A"]
     write_lines(tmp_path / "x.jsonl", [numbers | {"answer": 1}, more | {"answer": 4}])
     assert [p.answer for p in read_prompts(tmp_path / "x.jsonl").prompts] == ["C", "B"]
     write_lines(tmp_path / "x.jsonl", [numbers | {"answer": 1}])

@@ -139,7 +139,7 @@ class Gain:
             )
         return (
             f"no better than not fine-tuning: before it, the model's {name} is {before}, and the "
-            "difference cannot be told from chance"
+            "difference may be chance"
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -24,8 +24,8 @@ _FILES = {*LANGUAGE_ROWS, PRETRAINING}
 
 @dataclass(frozen=True)
 class RowFacts:
-    """`rows` of the file, those that are `used`, its format, and the columns that are read.
-    `repeats` rows have the prompt of an earlier row.
+    """What a set holds: all its `rows`, and how many of them are `used`. `fields` are the columns
+    that are read. `repeats` rows have the prompt of an earlier row.
     """
 
     rows: int

@@ -25,6 +25,7 @@ PAIRS = (
     ("question", "answer"),
     ("question", "response"),
 )
+ANSWERS = ("output", "completion", "response", "answer")
 CHAT, SHAREGPT, ALPACA = "chat (`messages`)", "ShareGPT (`conversations`)", "Alpaca"
 # The columns that are read of a row in each of these formats
 _READ = {
@@ -32,6 +33,7 @@ _READ = {
     SHAREGPT: ("conversations", "system"),
     ALPACA: ("instruction", "input", "output", "system", "history"),
 }
+MORE_OF_QUESTION = ("input", "context")  # as in Alpaca and in Dolly
 # Columns from which other programs make turns. Without them the row teaches something else.
 _NOT_READ = ("choices", "options")
 Conversation = list[Turn]
@@ -53,7 +55,7 @@ def chat_format(row: Mapping[str, Any]) -> str:
 def columns_read(row: Mapping[str, Any]) -> tuple[str, ...]:
     """The columns of a row that its format reads."""
     pair = _pair(row)
-    of_pair = (*pair, "context", "system") if pair else ()
+    of_pair = (*pair, *MORE_OF_QUESTION, "system") if pair else ()
     names = _READ.get(chat_format(row), of_pair)
     return tuple(name for name in names if row.get(name) is not None)
 
@@ -64,11 +66,7 @@ def _pair(row: Mapping[str, Any]) -> tuple[str, str] | None:
 
 def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
     """The turns of a row. Raises DataError, which quotes nothing of the row."""
-    if "chosen" in row and "rejected" in row:
-        raise DataError(
-            f"{where} is preference data (`chosen`, `rejected`), and a fine-tuning learns one "
-            "answer; write the one to learn as `messages`"
-        )
+    _require_one_answer(row, where)
     for name in ("tools", "functions"):
         if row.get(name) not in (None, "", "[]", [], {}):
             raise DataError(f"{where} has `{name}`: {NO_TOOLS}")
@@ -91,6 +89,26 @@ def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
     else:
         raise DataError(_unknown(row, where))
     return _learnable(turns, where, name == SHAREGPT)
+
+
+def _require_one_answer(row: Mapping[str, Any], where: str) -> None:
+    """Raise DataError for preference data: training on it would also learn what it rejects."""
+    if any(row.get(name) not in (None, "", [], {}) for name in ("chosen", "rejected")):
+        raise DataError(
+            f"{where} is preference data (`chosen`, `rejected`), and a fine-tuning learns one "
+            "answer; write the one to learn as `messages`"
+        )
+    if _pair(row) and str(row.get("label")).lower() in ("true", "false"):
+        raise DataError(
+            f"{where} is preference data (KTO's `label`, which is false for answers to avoid); "
+            "keep the rows whose label is true, without the column `label`"
+        )
+    answers = [name for name in ANSWERS if row.get(name) not in (None, "", [])]
+    if len(answers) > 1 and chat_format(row) not in (CHAT, SHAREGPT):
+        raise DataError(
+            f"{where} has two answers, `{answers[0]}` and `{answers[1]}`; leave out the one that "
+            "is not to be learnt"
+        )
 
 
 def _unknown(row: Mapping[str, Any], where: str) -> str:
@@ -136,14 +154,16 @@ def _history(row: Mapping[str, Any], where: str) -> Conversation:
 def _of_pair(row: Mapping[str, Any], asked: str, answered: str, where: str) -> Conversation:
     question, answer = row[asked], row[answered]
     if isinstance(question, list) or isinstance(answer, list):  # TRL's conversational form
-        return [
+        turns = [
             turn
             for name, turns in ((asked, question), (answered, answer))
             for turn in _turns(turns, f"{where}: `{name}`", where)
         ]
+        return _system(row, where, turns)
     texts = [text_of(where, asked, question), text_of(where, answered, answer)]
-    if context := text_of(where, "context", row.get("context")).strip():  # as in Dolly
-        texts[0] = f"{texts[0]}\n\n{context}"
+    for name in MORE_OF_QUESTION:
+        if more := text_of(where, name, row.get(name)).strip():
+            texts[0] = f"{texts[0]}\n\n{more}"
     if not all(map(is_text, texts)):
         raise DataError(f"{where}: `{asked}` or `{answered}` is empty")
     return _system(row, where, _asked(*texts))

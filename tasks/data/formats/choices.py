@@ -3,8 +3,9 @@
 A row has `question`, its choices, and `answer` (or `answerKey`). The choices are a list (`choices`,
 `options`), an object of letters and texts, ARC's {text, label}, or columns A, B, C, ...
 
-The answer is a letter or label, a choice's text, or its place from 0. Which of these a file means
-is decided over all its rows: one must fit every row, or all that fit must mean the same.
+The answer is a letter or label, a choice's text, or its place, counted from 0 or from 1. Which of
+these a file means is decided over all its rows: one must fit every row, or all that fit must mean
+the same.
 """
 
 import ast
@@ -36,7 +37,8 @@ class _Item:
         written = {
             "label": [label.upper() for label in self.labels],
             "text": [text.strip() for text in self.texts],
-            "place": [str(place) for place in range(len(self.texts))],
+            "place from 0": [str(place) for place in range(len(self.texts))],
+            "place from 1": [str(place + 1) for place in range(len(self.texts))],
         }[meaning]
         answer = self.answer.upper() if meaning == "label" else self.answer
         return ascii_uppercase[written.index(answer)] if written.count(answer) == 1 else None
@@ -77,7 +79,8 @@ def _meaning(items: Sequence[_Item]) -> str:
     for a set that may be read in two ways.
     """
     letters = {
-        meaning: [item.letter(meaning) for item in items] for meaning in ("label", "text", "place")
+        meaning: [item.letter(meaning) for item in items]
+        for meaning in ("label", "text", "place from 0", "place from 1")
     }
     fitting = [meaning for meaning, found in letters.items() if None not in found]
     if "label" in fitting and all(item.has_labels for item in items):
@@ -87,7 +90,7 @@ def _meaning(items: Sequence[_Item]) -> str:
         wrong = items[letters[best].index(None)]
         raise DataError(
             f"{wrong.row.where}: the answer is none of the {len(wrong.texts)} choices, neither a "
-            "letter, nor a choice's text, nor its place from 0; write the letter"
+            "letter, nor a choice's text, nor its place; write the letter"
         )
     for index, item in enumerate(items):
         if len({letters[meaning][index] for meaning in fitting}) > 1:
