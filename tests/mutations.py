@@ -84,7 +84,7 @@ PASSED, FAILED, INTERRUPTED, LOST = 0, 1, 2, -1  # pytest's exit codes, and one 
 class Fault:
     """A wrong edit: `before` occurs once in `file` and becomes `after`.
 
-    `also` names modules whose tests reach this one without importing it.
+    `also` names modules whose tests reach this one without importing it, or such tests themselves.
     """
 
     room: str
@@ -279,6 +279,8 @@ class Imports:
 
     def _rank(self, path: Path, modules: Sequence[str]) -> int | None:
         own = self._own[path]
+        if _dotted(path, self._tree) in modules:
+            return 0
         through = own.union(*(self._helpers.get(name, set()) for name in own))
         if through.isdisjoint(modules):
             return None

@@ -391,11 +391,18 @@ NO_TEXT = {
 }
 
 
+TRAINING, ASKED = ["instruction", "input", "output"], ["prompt", "answer"]
+TEXTS_OF = {
+    **dict.fromkeys(TRAINING, (read_conversations, TRAINING)),
+    **dict.fromkeys(ASKED, (read_prompts, ASKED)),
+}
+
+
 @pytest.mark.parametrize("value", NO_TEXT.values(), ids=NO_TEXT.keys())
-@pytest.mark.parametrize("column", ["instruction", "input", "output", "prompt", "answer"])
+@pytest.mark.parametrize("column", TEXTS_OF)
 def test_a_value_that_is_no_text_is_an_error_where_text_is_read(tmp_path, value, column):
-    row = dict.fromkeys(["instruction", "input", "output", "prompt", "answer"], "x")
-    read = read_prompts if column in ("prompt", "answer") else read_conversations
+    read, columns = TEXTS_OF[column]
+    row = dict.fromkeys(columns, "x")
     parquet.write_table(pyarrow.Table.from_pylist([row | {column: value}]), tmp_path / "x.parquet")
     with pytest.raises(DataError, match=rf"x\.parquet: row 1: the column '{column}' is neither"):
         read(tmp_path / "x.parquet")
@@ -406,12 +413,10 @@ def test_a_value_that_is_no_text_is_an_error_where_text_is_read(tmp_path, value,
 
 
 @pytest.mark.parametrize("value", sorted(SPREADSHEET_ERRORS))
-@pytest.mark.parametrize("column", ["instruction", "input", "output", "prompt", "answer"])
+@pytest.mark.parametrize("column", TEXTS_OF)
 def test_an_error_of_a_spreadsheet_is_an_error_where_text_is_read(tmp_path, value, column):
-    row = dict.fromkeys(["instruction", "input", "output", "prompt", "answer", "unused"], "x")
-    path, read = tmp_path / "x.csv", read_prompts
-    if column not in ("prompt", "answer"):
-        read = read_conversations
+    read, columns = TEXTS_OF[column]
+    row, path = dict.fromkeys([*columns, "unused"], "x"), tmp_path / "x.csv"
     for name, passes in ((column, False), ("unused", True)):
         fields = (row | {name: value}).values()
         path.write_text(f"{','.join(row)}\n{','.join(fields)}\n")
