@@ -2,9 +2,11 @@
 
 A record has the measured seconds of a stage, its GPUs and its counted work. The prediction for a
 stage is its counted seconds (ebbline.cluster.schedule.counted_work) times a factor: measured over
-counted seconds, in the narrowest category that has measurements.
+counted seconds, in the narrowest category that has measurements. During a run it is also multiplied
+by the run's pace (ebbline.cluster.schedule.pace).
 """
 
+import copy
 import itertools
 import math
 from collections import Counter, defaultdict, deque
@@ -18,6 +20,7 @@ from ebbline.cluster.executors.starts import StartCosts, Starts
 from ebbline.cluster.schedule.costs import named_type
 from ebbline.cluster.schedule.counted_work import load_of, machine_of, seconds_on
 from ebbline.cluster.schedule.needs import default_needs
+from ebbline.cluster.schedule.pace import Pace
 from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.kinds import STAGE_KINDS, kind_named
@@ -33,7 +36,7 @@ Category = tuple[Any, ...]
 
 
 class Estimates:
-    """Predicted seconds of stages, and of the starts of jobs. `learn` adds measurements.
+    """Predicted seconds of stages, and of the starts of jobs. `learn` adds measurements of a run.
 
     `gpu_type` is the expected GPU type of stages whose labels name none. `start_costs` are the
     executor's.
@@ -58,8 +61,12 @@ class Estimates:
         self._guessed: dict[str, bool] = {}
         self._predictions: dict[tuple[str, int, str | None], float] = {}
         self._adapters: list[str] = []  # contents of defended adapters
+        # The factors of earlier runs alone, with which a run's pace is compared
+        self._earlier: Mapping[Category, Mapping[float, deque[float]]] = {}
+        self._paces: dict[Category, Pace] = defaultdict(Pace)
         for kind in STAGE_KINDS:
             self.learn(itertools.islice(store.all(kind), READ))
+        self._earlier = copy.deepcopy(self._factors)
 
     def learn_gpu_type(self, capacity: Capacity) -> None:
         """Use the cluster's most common GPU type for stages whose labels name none."""
@@ -91,11 +98,25 @@ class Estimates:
                     self._uncounted[category].append(seconds)
             else:
                 counted = _counted(Load(**provenance["load"]), gpus, gpu_type)
+                *own, machine = categories
+                predicted_by = next((each for each in own if each in self._earlier), None)
+                if predicted_by is not None:
+                    usual_s = counted * _interpolated(self._earlier[predicted_by], counted)
+                    self._paces[machine].learn(usual_s, seconds)
+                factor = seconds / counted / self._paces[machine].factor
                 for category in categories:
                     self._factors[category].setdefault(
                         _rounded(counted), deque(maxlen=REMEMBERED)
-                    ).append(seconds / counted)
+                    ).append(factor)
             self._predictions.clear()
+
+    @property
+    def pace(self) -> float:
+        """How long this run's stages take, relative to earlier runs: of the type of machine that
+        ran most of them. 1 before there are enough.
+        """
+        most = max(self._paces.values(), key=lambda pace: pace.stages, default=None)
+        return 1.0 if most is None else most.factor
 
     @property
     def distinct_adapters(self) -> float:
@@ -153,15 +174,16 @@ class Estimates:
     def _seconds(self, stage: Stage, gpus: int, gpu_type: str | None) -> float:
         counted = _counted(self.load(stage), gpus, gpu_type)
         *own, machine = _categories(stage.kind, vars(stage.spec), gpus, gpu_type)
+        pace = self._paces[machine].factor if machine in self._paces else 1.0
         for category in own:
             if category in self._factors:
-                return counted * _interpolated(self._factors[category], counted)
+                return counted * pace * _interpolated(self._factors[category], counted)
         for category in own:
             if category in self._uncounted:
                 return _mean(self._uncounted[category])
-        return counted * (
-            _interpolated(self._factors[machine], counted) if machine in self._factors else 1.0
-        )
+        if machine in self._factors:
+            return counted * pace * _interpolated(self._factors[machine], counted)
+        return counted
 
 
 def load_record(load: Load) -> dict[str, float]:

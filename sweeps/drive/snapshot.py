@@ -245,6 +245,7 @@ class Writer:
             ),
             predicted=expected,
             left_s=runner.remaining_s() if ended is None and hosts else 0.0,
+            pace=runner.estimates.pace,
             budget=progress.study.budget.model_dump(exclude_none=True),
             running=list(self._at_work()) if ended is None else [],
             failures=list(self._failures),
