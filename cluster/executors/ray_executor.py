@@ -287,7 +287,7 @@ class RayExecutor(Executor):
                 return Finished(job, (), Loss(f"{lost_host} is gone", "place"))
         lost = (
             None
-            if len(reports) == len(job.keys)
+            if {report.key for report in reports} >= set(job.keys)
             else Loss("a member of the gang ended without reporting")
         )
         return Finished(job, reports, lost)

@@ -6,13 +6,15 @@ equal keys run once. A stage whose inputs have the same content as before is fou
 Invariant: all lasting state is in the store. After a kill another runner continues without cleanup.
 """
 
+import math
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ebbline.cluster.executors.executor import Capacity, Executor, Finished, Loss, Needs
 from ebbline.cluster.profile import Profile
+from ebbline.cluster.running.follow_ups import FollowUps
 from ebbline.cluster.running.nodes import Failure, Node, Running, Setup, State
 from ebbline.cluster.running.starter import Starter
 from ebbline.cluster.running.timing import Timing
@@ -38,6 +40,7 @@ from ebbline.tasks.stage import Part, Report, Stage, key_payload, stage_of
 from ebbline.tasks.training.micro_batch import halvings
 
 __all__ = ["Failure", "Node", "Runner"]
+LOOK_S, JOBS_A_LOOK = 0.02, 8  # how often records of running batches are looked for
 INVALID_INPUT = (DataError.__name__, ModelError.__name__)
 # These errors stop the run: they are not the stage's fault, and a failed point stays failed.
 STOPS_THE_RUN: Mapping[str, type[EbblineError]] = {
@@ -82,6 +85,7 @@ class Runner:
         )
         self.timing = Timing(self._setup)
         self._starter = Starter(self._setup, self.timing, self.artifact)
+        self._follow_ups = FollowUps(store, self.running, self.nodes)
 
     def add(self, targets: Iterable[Stage]) -> None:
         """Add stages and all their upstream stages. Stages that were added before are skipped."""
@@ -181,11 +185,30 @@ class Runner:
             started()
         if not self.running:
             time.sleep(min(timeout_s, 0.05))  # without jobs the wait below returns at once
-        for finished in self.executor.finished(timeout_s):
+        for finished in self._finished(timeout_s):
             self._end_job(finished)
         self._record_committed()
         self._cancel_hung_jobs()
         self._update_states()
+
+    def _finished(self, timeout_s: float) -> Sequence[Finished]:
+        """The jobs that ended. Returns as soon as the current stage of a batch has a record: stages
+        after it may start, and the batch may run for long.
+        """
+        batches = [item for item in self.running.values() if len(item.keys) > 1 or item.follow_ups]
+        if not batches or self.timing.look_every_s > 0:
+            return self.executor.finished(timeout_s)
+        every_s = LOOK_S * max(1, len(batches) // JOBS_A_LOOK)
+        for _ in range(max(1, math.ceil(timeout_s / every_s))):
+            finished = self.executor.finished(min(timeout_s, every_s))
+            if finished or any(map(self._has_committed, batches)):
+                return finished
+        return ()
+
+    def _has_committed(self, item: Running) -> bool:
+        """Whether the current stage of a job has a record."""
+        at = next((key for key in item.keys if self._by_key[key][0].state == "running"), None)
+        return at is not None and self.store.find(self._by_key[at][0].stage.kind, at) is not None
 
     def remaining_s(self) -> float:
         """The expected seconds until all added stages are done: the longest chain, or all work
@@ -199,7 +222,10 @@ class Runner:
 
         Only `nodes` are checked; default: all unsettled nodes.
         """
-        candidates = dict.fromkeys(self.unsettled() if nodes is None else nodes)
+        # Follow-ups first: a stage with the same key, which is in no batch, then waits for them.
+        candidates = dict.fromkeys(
+            [*self._follow_ups.waiting(), *(self.unsettled() if nodes is None else nodes)]
+        )
         changed = True
         while changed:
             changed = False
@@ -244,12 +270,22 @@ class Runner:
                     changed = changed or len(self._reruns) > before
                     continue
                 changed = True
+                attempt = self._follow_ups.attempt(node)
                 if artifact is not None:
+                    # A record of another attempt was in the store before
+                    ran = attempt is not None and artifact.folder == attempt
+                    if ran:
+                        self._follow_ups.begin(node)
+                        self.estimates.learn([artifact])
                     self._done(
                         [node],
                         artifact,
-                        reused=all(each.reused for each in same_key[:-1]),
+                        reused=not ran and all(each.reused for each in same_key[:-1]),
                     )
+                elif attempt is not None and all(each.state == "waiting" for each in same_key):
+                    self._follow_ups.begin(node)
+                    self._move(node, "running")
+                    node.attempt = attempt
                 else:
                     first = next((each for each in same_key if each.state != "waiting"), None)
                     self._move(node, "ready" if first is None else first.state)
@@ -318,7 +354,13 @@ class Runner:
         if now - self._store_checked_at < self.timing.look_every_s:
             return
         self._store_checked_at = now
-        for key in dict.fromkeys(node.key for node in self.unsettled() if node.state == "running"):
+        self._record_running(
+            dict.fromkeys(node.key for node in self.unsettled() if node.state == "running")
+        )
+
+    def _record_running(self, keys: Iterable[str]) -> None:
+        """Mark the stages of these keys as done whose record is in the store."""
+        for key in keys:
             nodes = self._by_key[key]
             artifact = self._whole_artifact(nodes[0].stage.kind, key)
             if artifact is not None:
@@ -334,7 +376,7 @@ class Runner:
             return
         self._hangs_checked_at = now
         for item in list(self.running.values()):
-            at = next((key for key in item.job.keys if self._by_key[key][0].state == "running"), "")
+            at = next((key for key in item.keys if self._by_key[key][0].state == "running"), "")
             signal = (at, self.timing.last_progress(self._by_key[at][0]) if at else {})
             silent_s = now - item.signal_at
             if signal != item.signal or not self.executor.begun(item.job):
@@ -345,9 +387,13 @@ class Runner:
                 self._end_job(Finished(item.job, (), loss))
 
     def _end_job(self, finished: Finished) -> None:
-        item = self.running.pop(finished.job.id, None)
+        item = self.running.get(finished.job.id)
         if item is None:
             return  # cancelled before; its stages are ready or run in another job
+        if item.follow_ups:  # before their reports are read, their keys must be known
+            self._record_running(item.keys)
+            self._update_states([])
+        del self.running[finished.job.id]
         now = time.monotonic()
         self._starter.ended(finished, now - item.started)
         reports = {report.key: report for report in finished.reports}
@@ -367,7 +413,7 @@ class Runner:
                 key: report for key, report in reports.items() if report not in without_store
             }
             charged, loss = False, Loss(str(without_store[0].error), "place")
-        for key in finished.job.keys:
+        for key in item.keys:
             nodes = self._by_key[key]
             artifact = self._whole_artifact(nodes[0].stage.kind, key)
             report = reports.get(key)

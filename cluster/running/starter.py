@@ -6,6 +6,7 @@ budget cannot pay.
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ebbline.cluster.executors.executor import Capacity, Finished, Host, Needs
@@ -16,13 +17,23 @@ from ebbline.cluster.schedule.costs import GpuTypes, gpu_types
 from ebbline.cluster.schedule.estimates import load_record
 from ebbline.cluster.schedule.needs import resident
 from ebbline.cluster.schedule.packing import Packing, Shares
-from ebbline.cluster.schedule.scheduler import Busy, Placement, ReadyStage, impossible, place
-from ebbline.cluster.store.artifacts import Artifact
-from ebbline.cluster.store.resolver import contents_of
+from ebbline.cluster.schedule.scheduler import (
+    SHORTEST_BATCH_S,
+    Busy,
+    Placement,
+    ReadyStage,
+    impossible,
+    place,
+)
+from ebbline.cluster.store.artifacts import Artifact, new_attempt
+from ebbline.cluster.store.resolver import content_of, contents_of
 from ebbline.cluster.store.sources import location_for_workers
 from ebbline.cluster.store.workplace import request_out
 from ebbline.tasks.errors import ClusterLost, StudyError
-from ebbline.tasks.stage import Input, Part, Request, Source, Stage, stage_of
+from ebbline.tasks.kinds import kind_named
+from ebbline.tasks.stage import FollowUp, Input, Part, Request, Source, Stage, stage_of
+
+STARTS_A_BATCH = 40
 
 
 class Starter:
@@ -121,7 +132,24 @@ class Starter:
             for item in self._running.values()
         ]
         cached = {host: frozenset(names) for host, names in self._cached.items()}
-        return place(list(stages), busy, self._setup.retry_policy.in_service(capacity), cached)
+        return place(
+            list(stages),
+            busy,
+            self._setup.retry_policy.in_service(capacity),
+            cached,
+            self._shortest_batch_s(),
+        )
+
+    def _shortest_batch_s(self) -> float:
+        """A batch takes at least STARTS_A_BATCH times as long as a start; so idle workers share
+        short stages where a start is cheap.
+        """
+        if not self._setup.executor.own_processes:
+            return SHORTEST_BATCH_S
+        estimates = self._setup.estimates
+        return min(
+            SHORTEST_BATCH_S, STARTS_A_BATCH * estimates.starts.seconds(estimates.gpu_type, 1)
+        )
 
     def _start_batch(
         self, placement: Placement, ready: Mapping[str, Node], capacity: Capacity, now: float
@@ -145,25 +173,26 @@ class Starter:
             return {}
         attempts = {key: self._setup.store.begin(ready[key].stage.kind, key) for key in keys}
         memory_gb = self._memory_gb(gpus)
-        batch = []
+        batch, follow_ups = [], dict[str, str]()
         for key in keys:
             name, shares = self._pack(ready[key], frozenset(gpus))
             share = max((shares[gpu] for gpu in gpus), default=1.0) if name else 1.0
-            batch.append(
-                self._request(
-                    ready[key],
-                    attempts[key],
-                    placement.needs.gpus,
-                    memory_gb,
-                    name if share < 1 else "",
-                    share,
-                )
+            after = self._follow_ups(ready[key]) if placement.needs.gpus <= 1 else {}
+            follow_ups |= {lineage: each.attempt for lineage, each in after.items()}
+            request = self._request(
+                ready[key],
+                attempts[key],
+                placement.needs.gpus,
+                memory_gb,
+                name if share < 1 else "",
+                share,
             )
+            batch.append(replace(request, follow_ups=tuple(after.values())))
         job = self._setup.executor.submit(batch, placement.needs, placement.hosts)
         seconds = start_s + sum(self._timing.seconds(ready[key]) for key in keys)
         self._warm.start(job.id, placement.hosts)
         self._starting[job.id] = starting
-        self._running[job.id] = Running(job, now, seconds, (keys[0], {}), now)
+        self._running[job.id] = Running(job, now, seconds, (keys[0], {}), now, follow_ups)
         budgeted_s = start_s + sum(self._timing.budgeted_s(ready[key]) for key in keys)
         self._setup.meter.started(job, gpus, budgeted_s)
         for host in placement.hosts:
@@ -171,6 +200,40 @@ class Starter:
         for key in keys:
             del self._ready_since[key]
         return attempts
+
+    def _follow_ups(self, node: Node) -> dict[str, FollowUp]:
+        """Lineage -> the stages that can run right after this one in its batch: all that they read
+        beside its output is done.
+        """
+        return {
+            below.stage.lineage: follow_up
+            for below in node.downstream
+            if kind_named(below.stage.kind).follows_its_input
+            and below.state == "waiting"
+            and self._setup.needs_of(below.stage) == Needs(0)
+            and (follow_up := self._follow_up(below.stage, node.stage)) is not None
+        }
+
+    def _follow_up(self, stage: Stage, after: Stage) -> FollowUp | None:
+        reads, inputs, contents = dict[str, str](), dict[str, str](), dict[str, str]()
+        for name, item in stage.inputs.items():
+            above = stage_of(item)
+            if above is not None and above.lineage == after.lineage:
+                reads[name] = item.path if isinstance(item, Part) else ""
+                continue
+            content = content_of(item, self._artifact)
+            if content is None:
+                return None
+            inputs[name], contents[name] = self._location(item), content
+        return FollowUp(
+            kind=stage.kind,
+            spec=stage.spec.model_dump(mode="json"),
+            reads=reads,
+            inputs=inputs,
+            contents=contents,
+            attempt=new_attempt(),
+            load=load_record(self._setup.estimates.load(stage)),
+        )
 
     def _pack(self, node: Node, types: frozenset[str | None]) -> tuple[str, Shares]:
         """(name of its pack, its share of a GPU by type); an empty name if it runs alone."""
@@ -184,14 +247,14 @@ class Starter:
         """
         self._warm.end(finished.job.id)
         starting = self._starting.pop(finished.job.id, None)
-        done = [report for report in finished.reports if report.error is None]
+        done = {report.key: report for report in finished.reports if report.error is None}
         if (
             starting is not None
             and self._setup.executor.own_processes
-            and len(done) == len(finished.job.keys)
+            and done.keys() >= set(finished.job.keys)
         ):
             self._setup.estimates.starts.learn(
-                *starting, held_s - sum(report.seconds for report in done)
+                *starting, held_s - sum(report.seconds for report in done.values())
             )
 
     def _affordable(self, batch: Sequence[Node], gpus: GpuTypes, start_s: float) -> list[str]:

@@ -84,9 +84,11 @@ def place(
     running: Sequence[Busy],
     capacity: Capacity,
     cached: Mapping[str, frozenset[str]] = MappingProxyType({}),
+    shortest_batch_s: float = SHORTEST_BATCH_S,
 ) -> list[Placement]:
     """The batches to start now. `cached` maps hosts to the models in their caches. Input order is
-    irrelevant.
+    irrelevant. Stages that take `shortest_batch_s` together form one batch, although GPUs may be
+    idle: it is what the start of another batch is worth.
 
     No stage starves. Ageing preserves the order of any two waiting stages, and paths are bounded.
     So only finitely many stages go before a given one, and it becomes the first in line. The first
@@ -97,6 +99,8 @@ def place(
     """
     host_slots = host_slots_of(running, capacity)
     queues = _queues(ready, host_slots)
+    for queue in queues:
+        queue.shortest_batch_s = shortest_batch_s
     heads = [(queue.line[0], number) for number, queue in enumerate(queues)]
     heapq.heapify(heads)
     placed: list[Placement] = []
@@ -180,6 +184,7 @@ class _Queue:
         heapq.heapify(self.line)
         self.placed: set[str] = set()
         self.shortest_s = min(stage.seconds for stage in stages)
+        self.shortest_batch_s = SHORTEST_BATCH_S
         self.widest_s: float | None = None
         self._by_resident: dict[str, list[ReadyStage]] | None = None
         self._packs: dict[tuple[str, str], list[ReadyStage]] | None = None
@@ -344,7 +349,7 @@ class _Queue:
         self.placed.update(batch)
         if total_s + self.shortest_s <= most_s:
             group = self._group(first.resident)
-            limit_s = min(most_s, max(SHORTEST_BATCH_S, group.total_s / at_once))
+            limit_s = min(most_s, max(self.shortest_batch_s, group.total_s / at_once))
             for stage in itertools.islice(group.stages, group.next, None):
                 if stage.order > first.order and stage.key not in self.placed:
                     if total_s + stage.seconds > limit_s:

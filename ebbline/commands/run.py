@@ -45,7 +45,6 @@ from ebbline.sweeps.study.study_file import source_of
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tables import table_width
 
-MIRROR_WAIT_S = 20.0
 SCREEN, MIRROR_LOG = "the progress display", "log/mirror.log"
 OUTCOMES = {
     0: "done",
@@ -229,12 +228,12 @@ def _run(
         for line in [*without_result(results), retry_hint(results, view.name)]:
             if line:
                 print(line)
-        ends = [_mirrored(process, folder / MIRROR_LOG, attempts) for process in mirrored]
+        ends = [_let_go(process, folder / MIRROR_LOG, attempts) for process in mirrored]
         shown = all(ends)
     if not shown:
         print(
-            f"W&B does not have everything yet; `ebbline sync {view.name}` continues (see "
-            f"{folder / MIRROR_LOG})"
+            "W&B does not have everything yet. Its mirror goes on by itself: `ebbline sync "
+            f"{view.name}` waits for it and says what is left (see {folder / MIRROR_LOG})"
         )
     print_outputs(outputs, attempts=attempts)
     ended = FAILED_POINTS if any(r.status in NO_RESULT for r in results) else 0
@@ -294,18 +293,18 @@ def _took(view: StudyView, progress: Progress) -> str:
     return prediction_label(progress.prediction, spent, view.home.profile)
 
 
-def _mirrored(process: "subprocess.Popen[bytes]", log: Path, attempts: Attempts) -> bool:
-    """Let the mirror show the rest; whether it showed everything. One that ends with an error,
-    unlike one that needs more time, is an output that could not be made.
+def _let_go(process: "subprocess.Popen[bytes]", log: Path, attempts: Attempts) -> bool:
+    """Let the mirror show the rest without this process; whether it has shown everything. One that
+    has ended with an error is an output that could not be made.
     """
-    shown = mirror.stop(process, MIRROR_WAIT_S)
-    if not shown and process.returncode != -signal.SIGKILL:
+    ended = mirror.let_go(process)
+    if ended:
         lines = log.read_text("utf-8", "replace").split("\n") if log.is_file() else []
         last = next(
             (line.strip() for line in reversed(lines) if line.strip()), "no reason in its log"
         )
         attempts.failed["the W&B mirror"] = last[:MOST]
-    return shown
+    return ended == 0
 
 
 def _end(mirrored: "list[subprocess.Popen[bytes]]") -> None:

@@ -20,10 +20,9 @@ from ebbline.tasks.chat.template import bind
 from ebbline.tasks.chat.tokenizers import read_tokenizer
 from ebbline.tasks.errors import EndpointDown, ModelError
 from ebbline.tasks.models.model_folder import load_whole, require_model_folder
-from ebbline.tasks.paths import check_named_files, inside
+from ebbline.tasks.paths import HUB, check_named_files, inside
 from ebbline.tasks.specs import DEFAULT_CHAT, Chat, Dtype, Quantisation
 
-HUB = "hub:"
 INT8_LOGGER = "bitsandbytes.autograd._functions"
 T = TypeVar("T")
 _SAMPLES = 16  # elements of each tensor in a fingerprint

@@ -55,7 +55,8 @@ def pack_name(spec: TrainSpec, contents: Mapping[str, str]) -> str:
 def in_packs(requests: Iterable[Request]) -> Iterator[list[Request]]:
     """Split a batch into packs, in order.
 
-    Neighbours with one pack name that fit on one GPU form a pack; every other request is alone.
+    Neighbours with one pack name that fit on one GPU form a pack; every other request is alone. The
+    request after one that is alone is read only when that has run: running it may add requests.
     """
     pack: list[Request] = []
     for request in requests:
@@ -66,7 +67,10 @@ def in_packs(requests: Iterable[Request]) -> Iterator[list[Request]]:
         ):
             yield pack
             pack = []
-        pack.append(request)
+        if request.pack:
+            pack.append(request)
+        else:
+            yield [request]
     if pack:
         yield pack
 

@@ -508,8 +508,8 @@ def test_the_scheduler_knows_which_models_a_host_has_in_its_cache(store, pool, m
     monkeypatch.setattr(
         module,
         "place",
-        lambda works, busy, capacity, cached: (
-            calls.append(cached) or place(works, busy, capacity, cached)
+        lambda works, busy, capacity, cached, *rest: (
+            calls.append(cached) or place(works, busy, capacity, cached, *rest)
         ),
     )
     stage = rows(3, rows(5, pool))
@@ -764,3 +764,23 @@ def test_a_dropped_file_outside_the_part_that_is_read_causes_no_rerun(store, poo
     last = rows(5, whole)
     runner, executor = ran(store, last)
     assert executor.keys == [runner.nodes[last.lineage].key]
+
+
+@pytest.mark.parametrize(
+    ("start_s", "own", "batch_s"),
+    [(0.05, True, 2.0), (8.0, True, 20.0), (0.05, False, 20.0)],
+)
+def test_a_batch_is_at_least_as_long_as_its_start_is_worth(
+    store, pool, monkeypatch, start_s, own, batch_s
+):
+    given = []
+    monkeypatch.setattr(
+        starters, "place", lambda *arguments: given.append(arguments[-1]) or place(*arguments)
+    )
+    executor = Counting()
+    executor.own_processes = own
+    runner = Runner(store, executor)
+    runner.estimates.starts.learn(None, 1, False, start_s)
+    runner.add([rows(3, pool)])
+    settle(runner)
+    assert given[0] == pytest.approx(batch_s)

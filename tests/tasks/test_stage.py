@@ -11,7 +11,16 @@ from ebbline.tasks.errors import StudyError
 from ebbline.tasks.identity import digest
 from ebbline.tasks.kinds import STAGE_KINDS, parsed_spec, request_payload
 from ebbline.tasks.specs import ApplySpec, DataSpec, ProjectSpec, TrainSpec
-from ebbline.tasks.stage import Context, Part, Request, Source, Stage, key_payload, spec_payload
+from ebbline.tasks.stage import (
+    Context,
+    FollowUp,
+    Part,
+    Request,
+    Source,
+    Stage,
+    key_payload,
+    spec_payload,
+)
 from tests.tasks.test_golden_keys import SPECS
 
 POOL = Source("a" * 64, "/data/pool.jsonl")
@@ -126,6 +135,7 @@ def test_a_request_of_every_stage_kind_survives_json(name):
         "/o",
         "/l",
         "/s",
+        follow_ups=(FollowUp("score", {"scorer": "x"}, {"generation": ""}, {}, {}, "abc"),),
     )
     received = Request.from_json(sent.to_json())
     assert received == sent
