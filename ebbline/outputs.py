@@ -5,16 +5,17 @@ Invariant: the tables are written first, and no output takes another with it.
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from ebbline.analysis.figures.drawing import save
+from ebbline.analysis.figures.drawing import save_pdf, save_png
 from ebbline.analysis.figures.projection import projection_figures
 from ebbline.analysis.report.attempts import LOG, Attempts
 from ebbline.analysis.report.findings import figures_of, findings
 from ebbline.analysis.report.provenance import provenance
 from ebbline.analysis.report.report import write_report
+from ebbline.analysis.report.second_process import SecondProcess
 from ebbline.analysis.report.verdict import answer_cells, verdict
 from ebbline.analysis.results.adapter_notes import adapter_notes
 from ebbline.analysis.results.before_after import before_after
@@ -66,13 +67,17 @@ def require_current(view: StudyView, results: Sequence[Result]) -> None:
 
 
 def write_outputs(
-    view: StudyView, results: Sequence[Result], attempts: Attempts | None = None
+    view: StudyView,
+    results: Sequence[Result],
+    attempts: Attempts | None = None,
+    second: SecondProcess | None = None,
 ) -> dict[str, Path]:
     """Write the tables, then the figures and the report of `results`. Returns name -> path of each
-    output.
+    output. `second` makes some parts beside the others.
 
     What fails is noted in `attempts`, and the other outputs are written.
     """
+    second = second or SecondProcess()
     study, home, folder = view.study, view.home, view.folder
     attempts = attempts_of(view) if attempts is None else attempts
     make, paths = attempts.make, dict[str, Path]()
@@ -85,16 +90,20 @@ def write_outputs(
     before = make("the models before fine-tuning", lambda: baselines(view)) or {}
     evidence = make("the samples", lambda: StoredEvidence(view)) or NO_EVIDENCE
     picked = make("the recorded pick", lambda: chosen(results, folder)) or ()
-    found = findings(study, results, before, evidence, picked, attempts)
+    found = findings(study, results, before, evidence, picked, attempts, second)
     drawn = figures_of(found, attempts)
+    printed = dict[str, Callable[[], Path]]()
     for name, each in drawn.items():
-        saved = make(f"the figure {name}", partial(save, each.figure, folder, name))
-        if saved is not None and name == "frontier":
-            paths["figure"] = saved[0]
+        saved = make(f"the figure {name}", partial(save_png, each.figure, folder, name))
+        if saved is not None:
+            printed[name] = second.start(save_pdf, each.figure, folder, name)
+            if name == "frontier":
+                paths["figure"] = saved
     projected = make("what was projected", lambda: projections(study, results, home)) or {}
     maps = make("the figures of what was projected", lambda: projection_figures(projected)) or {}
     for name, figure in maps.items():
-        make(f"the figure {name}", partial(save, figure, folder, name))
+        if make(f"the figure {name}", partial(save_png, figure, folder, name)) is not None:
+            printed[name] = second.start(save_pdf, figure, folder, name)
     categories = make(
         "the table by category",
         lambda: write_categories(categories_frame(study, results, before, evidence), folder),
@@ -116,6 +125,8 @@ def write_outputs(
     )
     if report is not None:
         paths["report"] = report
+    for name, pdf in printed.items():
+        make(f"the figure {name}", pdf)
     return paths
 
 

@@ -134,15 +134,24 @@ def lay_out(figure: Figure) -> None:
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """NAME.png (200 dpi) and NAME.pdf (fonts embedded as TrueType)."""
+    return [save_png(figure, folder, name), save_pdf(figure, folder, name)]
+
+
+def save_png(figure: Figure, folder: Path, name: str) -> Path:
+    """NAME.png, 200 dpi."""
     with style():
         lay_out(figure)
-        return [
-            write_whole(folder / f"{name}.png", lambda path: figure.savefig(path, dpi=200)),
-            write_whole(
-                folder / f"{name}.pdf",
-                lambda path: figure.savefig(path, metadata={"CreationDate": None}),
-            ),
-        ]
+        return write_whole(folder / f"{name}.png", lambda path: figure.savefig(path, dpi=200))
+
+
+def save_pdf(figure: Figure, folder: Path, name: str) -> Path:
+    """NAME.pdf, with fonts embedded as TrueType."""
+    with style():
+        lay_out(figure)
+        return write_whole(
+            folder / f"{name}.pdf",
+            lambda path: figure.savefig(path, metadata={"CreationDate": None}),
+        )
 
 
 def save_for_print(figure: Figure, folder: Path, name: str, page: Page) -> list[Path]:

@@ -33,7 +33,7 @@ from ebbline.tasks.errors import ClusterLost, StudyError
 from ebbline.tasks.kinds import kind_named
 from ebbline.tasks.stage import FollowUp, Input, Part, Request, Source, Stage, stage_of
 
-STARTS_A_BATCH = 40
+STARTS_A_BATCH = 10
 
 
 class Starter:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ebbline.analysis.report.attempts import MOST, Attempts
 from ebbline.analysis.report.report import rows_for_scripts
+from ebbline.analysis.report.second_process import second_process
 from ebbline.analysis.results.collect import StoredEvidence, baselines, collect
 from ebbline.analysis.results.costs import cost_label, prediction_label
 from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
@@ -203,7 +204,8 @@ def _run(
                 or ""
             )
         results = collect(view)
-        outputs = write_outputs(view, results, attempts)
+        with second_process() as second:
+            outputs = write_outputs(view, results, attempts, second)
         table = (
             attempts.make(
                 "the table of the frontier",

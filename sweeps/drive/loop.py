@@ -255,11 +255,28 @@ class _Drive:
             return False
         if self.in_turn:
             return len(self.in_flight) < self.study.search.effective_window
-        queued = queued_gpus(
-            self._open(), self.runner, lambda stage: self.graph.needs_of(stage).gpus
+        queued = (
+            0
+            if self._fills_window()
+            else queued_gpus(
+                self._open(), self.runner, lambda stage: self.graph.needs_of(stage).gpus
+            )
         )
         return has_room(
             len(self.in_flight), self.study.search.window, queued, self.runner.executor.capacity
+        )
+
+    def _fills_window(self) -> bool:
+        """Whether points need not wait for free GPUs. A grid or a list learns nothing from results;
+        with a whole window in flight, the longest stages go first. Where the study may end before
+        its last point, the points in flight are few.
+        """
+        search, budget = self.study.search, self.study.budget
+        return (
+            self.study.sampler in ("grid", "list")
+            and search.window is not None
+            and search.stop is None
+            and not budget.model_dump(exclude_none=True)
         )
 
     def _out_of_points(self) -> bool:

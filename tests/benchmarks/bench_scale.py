@@ -63,9 +63,9 @@ class Timed(Pretended):
         self.took_s = 0.0
 
     def _end(self, finished: Finished) -> Finished:
-        began = time.monotonic()
+        began, before = time.monotonic(), set(self.requests)
         ended = super()._end(finished)
-        for key in finished.job.keys:
+        for key in {*finished.job.keys, *(self.requests.keys() - before)}:
             del self.requests[key]
         self.took_s += time.monotonic() - began
         return ended

@@ -768,7 +768,7 @@ def test_a_dropped_file_outside_the_part_that_is_read_causes_no_rerun(store, poo
 
 @pytest.mark.parametrize(
     ("start_s", "own", "batch_s"),
-    [(0.05, True, 2.0), (8.0, True, 20.0), (0.05, False, 20.0)],
+    [(0.2, True, 2.0), (8.0, True, 20.0), (0.05, False, 20.0)],
 )
 def test_a_batch_is_at_least_as_long_as_its_start_is_worth(
     store, pool, monkeypatch, start_s, own, batch_s
