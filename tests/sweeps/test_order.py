@@ -296,7 +296,7 @@ def test_in_turn_a_budget_of_points_does_not_change_later_points(tmp_path, searc
     [
         ({"sampler": "grid", "window": 6}, {}, 6),
         ({"sampler": "grid", "window": 4}, {}, 4),
-        ({"sampler": "random", "points": 6, "window": 6}, {}, 4),
+        ({"sampler": "random", "points": 6, "window": 6}, {}, 2),
         ({"sampler": "grid", "window": 6}, {"budget": {"gpu_hours": 100.0}}, 4),
     ],
 )
