@@ -168,10 +168,7 @@ def run_batch(
 
     Raises MemberFailed when a stage of a gang fails.
     """
-    from ebbline.tasks.worker import (  # imports torch, which a driver does not need
-        error_and_reason,
-        run_stages,
-    )
+    from ebbline.tasks.worker import error_and_reason, run_stages  # only a worker needs them
 
     waiting = _Waiting(requests, rank, world_size)
     workplaces, reports = waiting.workplaces, []
