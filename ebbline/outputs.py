@@ -40,6 +40,7 @@ from ebbline.analysis.results.tables import (
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.commands.plan import GANTT
 from ebbline.sweeps.forecast.prediction import read_predictions
+from ebbline.sweeps.search.importance import importances
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
@@ -81,6 +82,7 @@ def write_outputs(
     study, home, folder = view.study, view.home, view.folder
     attempts = attempts_of(view) if attempts is None else attempts
     make, paths = attempts.make, dict[str, Path]()
+    importance = second.start(importances, study, results)  # first: it takes longest
     tables = make(
         "the tables",
         lambda: write_tables(results_frame(results, study.objectives, home.profile), folder),
@@ -90,15 +92,7 @@ def write_outputs(
     before = make("the models before fine-tuning", lambda: baselines(view)) or {}
     evidence = make("the samples", lambda: StoredEvidence(view)) or NO_EVIDENCE
     picked = make("the recorded pick", lambda: chosen(results, folder)) or ()
-    found = findings(study, results, before, evidence, picked, attempts, second)
-    drawn = figures_of(found, attempts)
     printed = dict[str, Callable[[], Path]]()
-    for name, each in drawn.items():
-        saved = make(f"the figure {name}", partial(save_png, each.figure, folder, name))
-        if saved is not None:
-            printed[name] = second.start(save_pdf, each.figure, folder, name)
-            if name == "frontier":
-                paths["figure"] = saved
     projected = make("what was projected", lambda: projections(study, results, home)) or {}
     maps = make("the figures of what was projected", lambda: projection_figures(projected)) or {}
     for name, figure in maps.items():
@@ -113,6 +107,14 @@ def write_outputs(
     artifacts = make("the stages behind the results", lambda: artifacts_behind(view, results)) or []
     cost = make("the costs", lambda: _cost(view, results, artifacts)) or {}
     origin = make("the provenance", lambda: provenance(view, results, artifacts).rows()) or []
+    found = findings(study, results, before, evidence, picked, attempts, importance)
+    drawn = figures_of(found, attempts)
+    for name, each in drawn.items():
+        saved = make(f"the figure {name}", partial(save_png, each.figure, folder, name))
+        if saved is not None:
+            printed[name] = second.start(save_pdf, each.figure, folder, name)
+            if name == "frontier":
+                paths["figure"] = saved
     notes = [
         *(make("the notes on refusals", lambda: no_refusals(study, before)) or ()),
         *(make("the notes on adapters", lambda: adapter_notes(view, results)) or ()),

@@ -18,7 +18,6 @@ from ebbline.analysis.figures.words import (
     threshold_words,
 )
 from ebbline.analysis.report.attempts import Attempts
-from ebbline.analysis.report.second_process import SecondProcess
 from ebbline.analysis.results.attainment import Attainment, attainments
 from ebbline.analysis.results.before_after import Line, before_after
 from ebbline.analysis.results.measurements import (
@@ -68,13 +67,12 @@ def findings(
     evidence: Evidence = NO_EVIDENCE,
     picked: Sequence[Result] = (),
     attempts: Attempts | None = None,
-    second: SecondProcess | None = None,
+    importance: Callable[[], dict[str, Importance]] | None = None,
 ) -> Findings:
-    """What is computed from the results. A part that fails is empty, and noted in `attempts`. The
-    importance of the axes is computed by `second` meanwhile.
+    """What is computed from the results. A part that fails is empty, and noted in `attempts`.
+    `importance` returns that of the axes, if something else computes it.
     """
     make = (attempts or Attempts()).make
-    importance = (second or SecondProcess()).start(importances, study, results)
     return Findings(
         study,
         results,
@@ -88,7 +86,10 @@ def findings(
             or []
         ),
         (make("the attainment bands", lambda: attainments(results, study.objectives)) or {}),
-        (make("the importance of the axes", importance) or {}),
+        (
+            make("the importance of the axes", importance or (lambda: importances(study, results)))
+            or {}
+        ),
         picked,
     )
 

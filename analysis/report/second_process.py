@@ -10,11 +10,14 @@ import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any, ParamSpec, TypeVar
 
+# What it imports before its first call
+IMPORTED = ("ebbline.sweeps.search.importance", "ebbline.analysis.figures.drawing")
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -69,4 +72,7 @@ def second_process() -> Iterator[SecondProcess]:
         return
     # A process of its own, not a fork: this one has threads of Ray and obstore
     with ProcessPoolExecutor(1, get_context("spawn"), _belong_to_parent) as pool:
-        yield SecondProcess(pool)
+        second = SecondProcess(pool)
+        for module in IMPORTED:
+            second.start(import_module, module)
+        yield second

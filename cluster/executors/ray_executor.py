@@ -37,7 +37,12 @@ from ebbline.cluster.executors.executor import (
 )
 from ebbline.cluster.executors.job_processes import JobProcesses, at, own_gpu_type
 from ebbline.cluster.executors.ray_hosts import RayHosts
-from ebbline.cluster.executors.this_machine import only_visible, visible_gpus
+from ebbline.cluster.executors.this_machine import (
+    VISIBLE,
+    only_visible,
+    patched_environment,
+    visible_gpus,
+)
 from ebbline.tasks.errors import ClusterLost, Leaving, StudyError
 from ebbline.tasks.stage import Report, Request
 
@@ -68,12 +73,17 @@ class RayExecutor(Executor):
             else {}
         )
         own = visible_gpus() if address == "local" else {}
+        inherited: dict[str, str] = {}
         if address == "local":
             local["num_gpus"] = len(own) or logical_gpus
+            # The processes that Ray starts with a cluster then serve the first stages. For other
+            # variables it would start more, beside those.
+            if VISIBLE not in os.environ:
+                inherited = _variables(_threads(bool(own), local["num_gpus"]))
         # Ray puts the driver's folder first on its workers' import path. That folder may contain
         # a module `tasks` or `datasets` of the user, so Ray starts in /.
         visible = only_visible(own) if address == "local" else contextlib.nullcontext()
-        with contextlib.chdir("/"), visible:
+        with contextlib.chdir("/"), visible, patched_environment(inherited):
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
         context = ray.get_runtime_context()
         self._hosts = RayHosts(context.gcs_address)
@@ -90,24 +100,12 @@ class RayExecutor(Executor):
             )
         )
         self.device = "cuda" if real else "cpu"
-        # When a node drains, Ray Train would wait and restart on it; the runner uses another host.
-        variables = {
-            "TOKENIZERS_PARALLELISM": "false",
-            "RAY_TRAIN_V2_ENABLED": "1",
-            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-        }
-        # Each logical GPU has a fixed share of the cores, so that concurrent stages do not change
-        # a stage's numbers.
-        self.threads = None if real else max(1, (os.cpu_count() or 1) // max(1, gpus))
-        if not real:
-            variables |= {
-                "DS_ACCELERATOR": "cpu",
-                "OMP_NUM_THREADS": str(self.threads),
-                "CUDA_VISIBLE_DEVICES": "",
-                # Else Ray would set the variable again, to the number of the logical GPU.
-                "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-            }
-        self._environment = {"env_vars": variables}
+        self.threads = _threads(real, gpus)
+        self._options: dict[str, Any] = (
+            {}
+            if inherited
+            else {"runtime_env": {"env_vars": {**_variables(self.threads), **_hidden(real)}}}
+        )
         if gpus == 0 and not self._grows:
             ray.shutdown()
             raise StudyError(
@@ -150,7 +148,7 @@ class RayExecutor(Executor):
         )
         options: dict[str, Any] = {"num_gpus": 1} if needs.gpus == 1 else {}
         reference = task.options(
-            scheduling_strategy=at(processes.nodes[0]), runtime_env=self._environment, **options
+            scheduling_strategy=at(processes.nodes[0]), **self._options, **options
         ).remote(list(batch), processes)
         self._jobs[reference] = (job, processes)
         return job
@@ -291,6 +289,36 @@ class RayExecutor(Executor):
             else Loss("a member of the gang ended without reporting")
         )
         return Finished(job, reports, lost)
+
+
+def _threads(real: bool, gpus: int) -> int | None:
+    """The threads of a stage: each logical GPU has a fixed share of the cores, so that concurrent
+    stages do not change a stage's numbers.
+    """
+    return None if real else max(1, (os.cpu_count() or 1) // max(1, gpus))
+
+
+def _variables(threads: int | None) -> dict[str, str]:
+    """The environment of the workers. `threads` is None with real GPUs."""
+    variables = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_TRAIN_V2_ENABLED": "1",
+        # When a node drains, Ray Train would wait and restart on it; the runner uses another host.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    }
+    if threads is not None:
+        variables |= {
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": str(threads),
+            # Else Ray would set CUDA_VISIBLE_DEVICES to the number of the logical GPU.
+            "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+        }
+    return variables
+
+
+def _hidden(real: bool) -> dict[str, str]:
+    """Hides the real GPUs of a machine whose GPUs are logical. Ray itself must not see this."""
+    return {} if real else {VISIBLE: ""}
 
 
 def _blame(cause: BaseException, job: Job) -> Literal["stage", "place", "memory"]:

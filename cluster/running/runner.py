@@ -40,7 +40,9 @@ from ebbline.tasks.stage import Part, Report, Stage, key_payload, stage_of
 from ebbline.tasks.training.micro_batch import halvings
 
 __all__ = ["Failure", "Node", "Runner"]
-LOOK_S, JOBS_A_LOOK = 0.02, 8  # how often records of running batches are looked for
+# How often records of running batches are looked for: less often for many batches, and so seldom
+# that the driver, whose turn grows with its study, works a fifth of the time at most.
+LOOK_S, JOBS_A_LOOK, TURNS_A_LOOK = 0.02, 8, 4
 INVALID_INPUT = (DataError.__name__, ModelError.__name__)
 # These errors stop the run: they are not the stage's fault, and a failed point stays failed.
 STOPS_THE_RUN: Mapping[str, type[EbblineError]] = {
@@ -74,6 +76,7 @@ class Runner:
         self._reruns: set[str] = set()  # keys with a record, run again for their dropped files
         self._store_errors = Counter[str]()  # key -> number of StoreErrors
         self._hangs_checked_at = self._store_checked_at = float("-inf")
+        self._waited_until = time.monotonic()
         self._setup = Setup(
             store,
             executor,
@@ -198,12 +201,15 @@ class Runner:
         batches = [item for item in self.running.values() if len(item.keys) > 1 or item.follow_ups]
         if not batches or self.timing.look_every_s > 0:
             return self.executor.finished(timeout_s)
-        every_s = LOOK_S * max(1, len(batches) // JOBS_A_LOOK)
+        turn_s = max(0.0, time.monotonic() - self._waited_until)  # of the driver's other work
+        every_s = max(LOOK_S, LOOK_S * len(batches) / JOBS_A_LOOK, TURNS_A_LOOK * turn_s)
+        finished: Sequence[Finished] = ()
         for _ in range(max(1, math.ceil(timeout_s / every_s))):
             finished = self.executor.finished(min(timeout_s, every_s))
             if finished or any(map(self._has_committed, batches)):
-                return finished
-        return ()
+                break
+        self._waited_until = time.monotonic()
+        return finished
 
     def _has_committed(self, item: Running) -> bool:
         """Whether the current stage of a job has a record."""

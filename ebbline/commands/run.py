@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -182,7 +182,8 @@ def _run(
     print(f"{study.study}: {study.question}\n")
     for line in reuse_of_changes(view):
         print(line)
-    with Interrupts(screen.notice, resume) as interrupts:
+    with ExitStack() as stack:
+        interrupts = stack.enter_context(Interrupts(screen.notice, resume))
         with screen:
             progress = drive(
                 view,
@@ -193,6 +194,7 @@ def _run(
                 kind,
                 retry,
             )
+        second = stack.enter_context(second_process())
         print(_summary(progress, time.monotonic() - started))
         if (
             progress.prediction is not None
@@ -204,8 +206,7 @@ def _run(
                 or ""
             )
         results = collect(view)
-        with second_process() as second:
-            outputs = write_outputs(view, results, attempts, second)
+        outputs = write_outputs(view, results, attempts, second)
         table = (
             attempts.make(
                 "the table of the frontier",
