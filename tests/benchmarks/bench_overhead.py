@@ -255,8 +255,13 @@ def main() -> None:
     found = list[dict[str, Any]]()
     with tempfile.TemporaryDirectory(prefix="bench-overhead-") as here:
         made = Made(Path(here) / "made")
+        began = time.perf_counter()
         executor = RayExecutor("local", GPUS)
+        cluster_s = time.perf_counter() - began
         try:
+            first_s = run_all(Store(Path(here) / "first"), executor, one_chain(made, 1))
+            for name, wall_s in (("start of the cluster", cluster_s), ("its first stage", first_s)):
+                found.append({"stages": name, "count": 1, "wall_s": wall_s})
             warmed(executor, made, Path(here))
             for name in given.shapes:
                 found.append(measured(executor, made, Path(here), name, given.count))
@@ -292,6 +297,8 @@ def show(found: Sequence[Mapping[str, Any]]) -> None:
     }
     print(record.table(found, columns), end="\n\n")
     for row in found:
+        if "parts_ms_a_stage" not in row:
+            continue
         parts = sorted(row["parts_ms_a_stage"].items(), key=lambda item: -item[1])
         print(row["stages"], "; ".join(f"{name} {value:.2f} ms" for name, value in parts))
 
