@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ebbline.cluster.executors.executor import Finished, Job, Loss, Needs
+from ebbline.cluster.executors.executor import Finished, Job, Loss, Needs, run_batch
 from ebbline.cluster.executors.inline import InlineExecutor
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.running.runner import Runner
@@ -167,13 +167,28 @@ def test_a_follow_up_of_a_stage_that_fails_inherits_the_failure(store, pool, fol
     assert failure is not None and failure.inherited
 
 
-def test_a_follow_up_that_is_in_the_store_does_not_run(store, pool, tmp_path, following):
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kinds of the attempts that were begun."""
+    begin, found = Store.begin, list[str]()
+
+    def noted(store: Store, kind: str, *rest: str) -> Path:
+        found.append(kind)
+        return begin(store, kind, *rest)
+
+    monkeypatch.setattr(Store, "begin", noted)
+    return found
+
+
+def test_a_follow_up_that_is_in_the_store_does_not_run(store, pool, tmp_path, following, begun):
     stored, _ = ran(store, rows(4, rows(8, pool)))
     # The same rows by another way: the first stage is new, the key of the second is not.
     copy = tmp_path / "copy.jsonl"
     copy.write_text(Path(pool.location).read_text() + "\n")
     second = rows(4, rows(8, source(copy)))
+    begun.clear()
     runner, _ = ran(store, second)
+    assert len(begun) == 1
     node, first = runner.nodes[second.lineage], second.upstream()[0]
     assert runner.nodes[first.lineage].counts_as == "done"
     assert node.counts_as == "reused" and node.artifact in [
@@ -181,18 +196,44 @@ def test_a_follow_up_that_is_in_the_store_does_not_run(store, pool, tmp_path, fo
     ]
 
 
-def test_duplicates_of_a_follow_up_run_once(store, pool, tmp_path, following, monkeypatch):
+def test_duplicates_of_a_follow_up_run_once(store, pool, tmp_path, following, begun):
     copy = tmp_path / "copy.jsonl"
     copy.write_text(Path(pool.location).read_text() + "\n")
     one, other = rows(4, rows(8, pool)), rows(4, rows(8, source(copy)))
-    begun = []
-    begin = Store.begin
-    monkeypatch.setattr(
-        Store, "begin", lambda self, *given: begun.append(given) or begin(self, *given)
-    )
     runner, _ = ran(store, one, other)
     assert runner.nodes[one.lineage].key == runner.nodes[other.lineage].key
     assert len(begun) == 3 and runner.artifact(one) == runner.artifact(other)
+
+
+class Halfway(Recording):
+    """Commits the stages of its job in the first call of `finished`, and ends it in the next."""
+
+    halfway = False
+
+    def finished(self, timeout_s: float) -> Sequence[Finished]:
+        if self._waiting and not self.halfway:
+            self.halfway = True
+            run_batch([replace(request, follow_ups=()) for request in self._waiting[0][1]])
+            return []
+        return super().finished(timeout_s)
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_a_stage_with_the_key_of_a_follow_up_waits_for_it(store, pool, tmp_path, following, last):
+    """Its own input has the key of the follow-up's input, and so no job."""
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(Path(pool.location).read_text() + "\n")
+    whole = [rows(20, pool), rows(20, source(copy))]
+    ran(store, *whole)
+    ends = [rows(4, rows(8, each)) for each in whole]
+    executor = Halfway()
+    runner = Runner(store, executor)
+    runner.add([ends[1 - last], ends[last]])
+    runner.step(0.0)
+    assert [runner.nodes[end.lineage].state for end in ends] == ["running", "running"]
+    settle(runner)
+    assert [runner.nodes[end.lineage].counts_as for end in ends] == ["done", "done"]
+    assert len(executor.batches) == 1
 
 
 def test_a_worker_that_cannot_begin_a_follow_up_leaves_it_to_the_driver(
