@@ -68,9 +68,14 @@ class Stage:
             }
         )
 
-    def upstream(self) -> "list[Stage]":
+    def upstream(self) -> "tuple[Stage, ...]":
         """The stages that this one reads from, in the order of the input names."""
-        return [stage for item in self.inputs.values() if (stage := stage_of(item)) is not None]
+        return self._upstream
+
+    @cached_property
+    def _upstream(self) -> "tuple[Stage, ...]":
+        found = (stage_of(item) for item in self.inputs.values())
+        return tuple(stage for stage in found if stage is not None)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from ebbline.cluster.executors.executor import Capacity, Executor, Finished, Loss, Needs
 from ebbline.cluster.profile import Profile
+from ebbline.cluster.running.let_go import LetGo
 from ebbline.cluster.running.nodes import Failure, Node, Running, Setup, State
 from ebbline.cluster.running.starter import Starter
 from ebbline.cluster.running.timing import Timing
@@ -34,7 +35,7 @@ from ebbline.tasks.errors import (
     StoreError,
 )
 from ebbline.tasks.identity import digest
-from ebbline.tasks.stage import Part, Report, Stage, key_payload, stage_of
+from ebbline.tasks.stage import Part, Report, Stage, closure, key_payload, stage_of
 from ebbline.tasks.training.micro_batch import halvings
 
 __all__ = ["Failure", "Node", "Runner"]
@@ -65,9 +66,11 @@ class Runner:
         self.counts: dict[str, Counter[str]] = {}  # kind -> `Node.counts_as` -> number of nodes
         # By lineage; it may contain nodes that were settled since the last call of `unsettled`.
         self._unsettled: dict[str, Node] = {}
+        self._due: dict[Node, None] = {}  # new ones, and those below what has just settled
         self.running: dict[str, Running] = {}
         self.draining = False
         self._by_key: dict[str, list[Node]] = {}
+        self._let_go = LetGo()
         self._reruns: set[str] = set()  # keys with a record, run again for their dropped files
         self._store_errors = Counter[str]()  # key -> number of StoreErrors
         self._hangs_checked_at = self._store_checked_at = float("-inf")
@@ -97,11 +100,48 @@ class Runner:
         node = self.nodes.get(stage.lineage)
         if node is None:
             node = self.nodes[stage.lineage] = self._unsettled[stage.lineage] = Node(stage)
-            self.counts.setdefault(stage.kind, Counter())[node.counts_as] += 1
+            counts = self.counts.setdefault(stage.kind, Counter())
+            counts[node.counts_as] += 1
+            before = self._let_go.take(stage.lineage)
+            if before is not None:
+                reused = self._let_go.reused(before)
+                counts["reused" if reused else "done"] -= 1
+                self._take_back(node, before, reused)
             for above in {above.lineage: above for above in stage.upstream()}.values():
                 self._add(above, new).downstream.append(node)
             new.append(node)
         return node
+
+    def _take_back(self, node: Node, key: str, reused: bool) -> None:
+        """Settle the new node of a stage that was let go, unless its artifact was removed since."""
+        artifact = self.store.find(node.stage.kind, key)
+        if artifact is not None:
+            node.key = key
+            self._by_key.setdefault(key, []).append(node)
+            self._done([node], artifact, reused)
+
+    def let_go(self, needed: Iterable[Stage]) -> list[str]:
+        """Let go of the done stages that neither `needed` nor open stages read from, directly or
+        not. Returns their lineages.
+        """
+        at_work = [key for item in self.running.values() for key in item.job.keys]
+        nodes = [*self.unsettled(), *(node for key in at_work for node in self._by_key[key])]
+        kept = {stage.lineage for stage in closure([*needed, *(node.stage for node in nodes)])}
+        gone = {
+            lineage: node
+            for lineage, node in self.nodes.items()
+            if node.state == "done" and lineage not in kept
+        }
+        for lineage, node in gone.items():
+            self._let_go.add(node)
+            del self.nodes[lineage]
+            self._by_key[node.key].remove(node)
+            if not self._by_key[node.key]:
+                del self._by_key[node.key]
+        for node in self.nodes.values():
+            node.downstream = [each for each in node.downstream if each.stage.lineage not in gone]
+        self.estimates.forget(gone)
+        return list(gone)
 
     def _move(self, node: Node, state: State, reused: bool | None = None) -> None:
         """Change a node's state, and `reused` unless None; update `counts`."""
@@ -109,16 +149,34 @@ class Runner:
         counts[node.counts_as] -= 1
         node.state, node.reused = state, node.reused if reused is None else reused
         counts[node.counts_as] += 1
+        if state in ("done", "failed"):
+            self._due |= dict.fromkeys(node.downstream)
 
     def artifact(self, stage: Stage) -> Artifact | None:
         node = self.nodes.get(stage.lineage)
-        return node.artifact if node else None
+        if node is not None:
+            return node.artifact
+        key = self._let_go.key(stage.lineage)
+        return None if key is None else self.store.find(stage.kind, key)
 
     def failure(self, stage: Stage) -> Failure | None:
-        return self.nodes[stage.lineage].failure
+        node = self.nodes.get(stage.lineage)
+        return node.failure if node else None
 
     def settled(self, stage: Stage) -> bool:
-        return self.nodes[stage.lineage].state in ("done", "failed")
+        """Whether an added stage is done or failed."""
+        node = self.nodes.get(stage.lineage)
+        return stage.lineage in self._let_go if node is None else node.state in ("done", "failed")
+
+    def knows(self, stage: Stage) -> bool:
+        """Whether a stage was added."""
+        return stage.lineage in self.nodes or stage.lineage in self._let_go
+
+    def done(self) -> dict[str, bool]:
+        """The key of each done stage, and whether its artifact existed before this run."""
+        found = dict(self._let_go.keys())
+        nodes = (node for node in self.nodes.values() if node.state == "done")
+        return found | {node.key: node.reused for node in nodes}
 
     def unsettled(self) -> list[Node]:
         """The nodes that are neither done nor failed: few, while `nodes` has all of a study's."""
@@ -193,69 +251,63 @@ class Runner:
         """
         return self.timing.remaining_s(self.unsettled())
 
-    def _update_states(self, nodes: Iterable[Node] | None = None) -> None:
+    def _update_states(self, new: Iterable[Node] = ()) -> None:
         """Move waiting stages to ready, to done if the store has them, or to failed if an upstream
         stage failed.
 
-        Only `nodes` are checked; default: all unsettled nodes.
+        Only `new` nodes are checked, and those below a node that has settled since the last call.
         """
-        candidates = dict.fromkeys(self.unsettled() if nodes is None else nodes)
-        changed = True
-        while changed:
-            changed = False
-            for node in [node for node in candidates if node.state == "waiting"]:
-                broken = next(
-                    (a for a in node.stage.upstream() if self.nodes[a.lineage].state == "failed"),
-                    None,
-                )
-                if broken is not None:
-                    above = self.nodes[broken.lineage].failure or Failure("")
-                    reason = (
-                        above.reason
-                        if above.inherited
-                        else f"needs {broken.kind}, which failed: {above.reason}"
-                    )
-                    node.failure = Failure(
-                        reason,
-                        above.command,
-                        inherited=True,
-                        invalid_input=above.invalid_input,
-                    )
-                    self._move(node, "failed")
-                    changed = True
-                    continue
-                contents = contents_of(node.stage, self.artifact)
-                if contents is None:
-                    continue
-                node.key = digest(key_payload(node.stage.spec, contents))
-                same_key = self._by_key.setdefault(node.key, [])
-                if node not in same_key:
-                    same_key.append(node)
-                artifact = self._whole_artifact(node.stage.kind, node.key)
-                before = len(self._reruns)
-                if artifact is None and self._waits_for_reruns(node):
-                    rerun = {
-                        each.stage.lineage: each
-                        for key in self._reruns
-                        for each in self._by_key[key]
-                    }
-                    self._unsettled |= rerun
-                    candidates |= dict.fromkeys(rerun.values())
-                    changed = changed or len(self._reruns) > before
-                    continue
-                changed = True
-                if artifact is not None:
-                    self._done(
-                        [node],
-                        artifact,
-                        reused=all(each.reused for each in same_key[:-1]),
-                    )
-                else:
-                    first = next((each for each in same_key if each.state != "waiting"), None)
-                    self._move(node, "ready" if first is None else first.state)
-                    node.failure, node.attempt = (
-                        (None, node.attempt) if first is None else (first.failure, first.attempt)
-                    )
+        self._due |= dict.fromkeys(new)
+        while self._due:
+            due, self._due = self._due, {}
+            for node in due:
+                if node.state == "waiting":
+                    self._update_state(node)
+
+    def _update_state(self, node: Node) -> None:
+        broken = next(
+            (a for a in node.stage.upstream() if self.nodes[a.lineage].state == "failed"),
+            None,
+        )
+        if broken is not None:
+            above = self.nodes[broken.lineage].failure or Failure("")
+            reason = (
+                above.reason
+                if above.inherited
+                else f"needs {broken.kind}, which failed: {above.reason}"
+            )
+            node.failure = Failure(
+                reason,
+                above.command,
+                inherited=True,
+                invalid_input=above.invalid_input,
+            )
+            self._move(node, "failed")
+            return
+        contents = contents_of(node.stage, self.artifact)
+        if contents is None:
+            return
+        node.key = digest(key_payload(node.stage.spec, contents))
+        same_key = self._by_key.setdefault(node.key, [])
+        if node not in same_key:
+            same_key.append(node)
+        artifact = self._whole_artifact(node.stage.kind, node.key)
+        before = len(self._reruns)
+        if artifact is None and self._waits_for_reruns(node):
+            # This stage is checked again once its reruns are done
+            if len(self._reruns) > before:
+                rerun = [each for key in self._reruns for each in self._by_key[key]]
+                self._unsettled |= {each.stage.lineage: each for each in rerun}
+                self._due |= dict.fromkeys(rerun)
+        elif artifact is not None:
+            reused = self._let_go.reused(node.key) and all(each.reused for each in same_key[:-1])
+            self._done([node], artifact, reused)
+        else:
+            first = next((each for each in same_key if each.state != "waiting"), None)
+            self._move(node, "ready" if first is None else first.state)
+            node.failure, node.attempt = (
+                (None, node.attempt) if first is None else (first.failure, first.attempt)
+            )
 
     def _whole_artifact(self, kind: str, key: str) -> Artifact | None:
         """The artifact of a key; None while a rerun restores its dropped files."""
@@ -304,7 +356,7 @@ class Runner:
             if node.state == "running"
         ]
         attempts = self._starter.start(
-            ready, self.running, self.timing.paths(self.unsettled()), running
+            ready, self.running, self.timing.paths(ready.values()), running
         )
         for key, attempt in attempts.items():
             for node in self._by_key[key]:
@@ -350,6 +402,8 @@ class Runner:
             return  # cancelled before; its stages are ready or run in another job
         now = time.monotonic()
         self._starter.ended(finished, now - item.started)
+        for key in finished.job.keys:
+            self.timing.forget(self._by_key[key][0])
         reports = {report.key: report for report in finished.reports}
         # Only the current stage of a lost batch is charged, not the stages after it.
         charged = any(report.error for report in finished.reports)

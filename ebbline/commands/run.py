@@ -334,15 +334,13 @@ def _predicted(
 
 
 def _summary(progress: Progress, seconds: float) -> str:
-    nodes = {
-        node.key: node for node in progress.runner.nodes.values() if node.state == "done"
-    }.values()
-    ran = sum(not node.reused for node in nodes)
+    done = progress.runner.done()
+    ran = sum(not reused for reused in done.values())
     counts = Counter(result.status for result in progress.results)
     points = len(progress.results)
     line = (
         f"{points} point{'s' * (points != 1)} in this run, {ran} stage{'s' * (ran != 1)} run and "
-        f"{len(nodes) - ran} found in the store, {seconds:.0f} s"
+        f"{len(done) - ran} found in the store, {seconds:.0f} s"
     )
     spent = cost_label(progress.spending.spent().cost, progress.spending.profile)
     line += f", {spent} spent by all runs"

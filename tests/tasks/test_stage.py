@@ -60,8 +60,8 @@ def test_the_order_of_the_inputs_is_irrelevant():
 
 def test_upstream_holds_stages_and_no_pinned_content():
     read = data()
-    assert train(stage=read).upstream() == [read]
-    assert data().upstream() == []
+    assert train(stage=read).upstream() == (read,)
+    assert data().upstream() == ()
 
 
 def test_a_key_hashes_the_content_of_inputs_and_every_default_of_the_spec():
