@@ -34,7 +34,7 @@ from ebbline.cluster.executors import ray_executor
 from ebbline.cluster.executors.executor import Capacity, Host, Needs
 from ebbline.cluster.executors.job_processes import JobProcesses
 from ebbline.cluster.executors.ray_executor import RayExecutor
-from ebbline.cluster.schedule.scheduler import Busy, ReadyStage, place
+from ebbline.cluster.schedule.scheduler import Busy, ReadyQueue, ReadyStage
 from ebbline.cluster.schedule.simulate import Choose, Step, bound_s, simulate
 from ebbline.cluster.store.artifacts import Store
 from ebbline.tasks.specs import TrainSpec
@@ -128,26 +128,24 @@ def ebbline(queue: Sequence[Entry], address: str) -> float:
         executor = RayExecutor(address)
         try:
             requests = {entry.step.key: entry.request for entry in queue}
-            works = {
-                step.key: ReadyStage(
-                    step.key, step.needs, step.resident, step.expected_s, step.expected_s
-                )
+            expected_s = {entry.step.key: entry.step.expected_s for entry in queue}
+            ready = ReadyQueue(
+                ReadyStage(step.key, step.needs, step.resident, step.expected_s, step.expected_s)
                 for step in (entry.step for entry in queue)
-            }
+            )
             running: dict[str, tuple[Mapping[str, int], float]] = {}
             began, since = time.time(), time.monotonic()
-            while works or running:
+            while ready or running:
                 now = time.monotonic()
-                waits = [replace(work, waited_s=now - since) for work in works.values()]
                 busy = [Busy(hosts, max(1.0, end - now)) for hosts, end in running.values()]
-                for placement in place(waits, busy, executor.capacity()):
+                for placement in ready.place(busy, executor.capacity(), now_s=now - since):
                     job = executor.submit(
                         [requests[key] for key in placement.keys], placement.needs, placement.hosts
                     )
-                    running[job.id] = (
-                        placement.hosts,
-                        now + sum(works.pop(key).seconds for key in placement.keys),
-                    )
+                    seconds = sum(expected_s[key] for key in placement.keys)
+                    running[job.id] = placement.hosts, now + seconds
+                    for key in placement.keys:
+                        ready.remove(key)
                 for done in executor.finished(0.5):
                     if done.lost or any(report.error for report in done.reports):
                         raise RuntimeError(f"a stage did not run: {done}")
@@ -325,7 +323,7 @@ class Side:
     """How a queue is given to it, how it runs, and the model of it that the simulated part uses."""
 
     run: Callable[[Sequence[Entry], str, Path], float]
-    model: Choose
+    model: Choose | None
     given: Callable[[Sequence[Step]], Sequence[Step]] = list
     noise: float = 0.0
 
@@ -341,10 +339,10 @@ def sides() -> dict[str, Side]:
         return ray_tune(queue, address, folder, searcher=False)
 
     return {
-        "ebbline, noisy estimates": Side(mine, place, noise=NOISE),
+        "ebbline, noisy estimates": Side(mine, None, noise=NOISE),
         "Ray Tune, searcher": Side(one_pending, in_order(most_pending=1)),
         "Ray Tune, no searcher": Side(many_pending, in_order(overtake=True)),
-        "ebbline": Side(mine, place),
+        "ebbline": Side(mine, None),
         "Ray Tune, no searcher, sorted by hand": Side(
             many_pending, in_order(overtake=True), given=longest_first
         ),
