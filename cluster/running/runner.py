@@ -9,7 +9,7 @@ Invariant: all lasting state is in the store. After a kill another runner contin
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from ebbline.cluster.executors.executor import Capacity, Executor, Finished, Loss, Needs
 from ebbline.cluster.profile import Profile
@@ -107,8 +107,11 @@ class Runner:
         """Change a node's state, and `reused` unless None; update `counts`."""
         counts = self.counts[node.stage.kind]
         counts[node.counts_as] -= 1
-        node.state, node.reused = state, node.reused if reused is None else reused
+        before, node.state = node.state, state
+        node.reused = node.reused if reused is None else reused
         counts[node.counts_as] += 1
+        if "ready" in (before, state):
+            self._starter.ready.state_changed(node)
 
     def artifact(self, stage: Stage) -> Artifact | None:
         node = self.nodes.get(stage.lineage)
@@ -139,7 +142,7 @@ class Runner:
     @property
     def idle(self) -> bool:
         """True when nothing runs and nothing can start."""
-        return not self.running and not any(node.state == "ready" for node in self.unsettled())
+        return not self.running and not self._starter.ready.nodes
 
     def open_seconds(self, stage: Stage) -> float | None:
         """The seconds that a budget counts for the rest of a stage. None if it is settled or was
@@ -151,14 +154,18 @@ class Runner:
 
     @property
     def unaffordable(self) -> set[str]:
-        """The keys of ready stages that the meter rejected at the last start."""
-        return self._starter.unaffordable
+        """The keys of ready stages that the meter rejected, until a job ends."""
+        return set(self._starter.ready.unaffordable)
 
     @property
     def starved(self) -> bool:
         """True when nothing runs and the meter rejects all ready stages."""
-        ready = {node.key for node in self.unsettled() if node.state == "ready"}
-        return not self.running and bool(ready) and ready <= self.unaffordable
+        ready = self._starter.ready
+        return (
+            not self.running
+            and bool(ready.nodes)
+            and ready.nodes.keys() <= ready.unaffordable.keys()
+        )
 
     @property
     def capacity(self) -> Capacity | None:
@@ -295,22 +302,22 @@ class Runner:
 
     def _start(self) -> bool:
         """Start what fits. Returns whether anything has started."""
-        ready = {node.key: node for node in self.unsettled() if node.state == "ready"}
-        if not ready:
+        if not self._starter.ready.nodes:
             return False
-        running = [
-            (self._setup.needs_of(node.stage), self.timing.seconds(node))
-            for node in self.unsettled()
-            if node.state == "running"
-        ]
-        attempts = self._starter.start(
-            ready, self.running, self.timing.paths(self.unsettled()), running
-        )
+        attempts = self._starter.start(self.running, self._running_needs())
         for key, attempt in attempts.items():
             for node in self._by_key[key]:
                 node.attempt = attempt
                 self._move(node, "running")
         return bool(attempts)
+
+    def _running_needs(self) -> Iterator[tuple[Needs, float]]:
+        """(needs, expected seconds) of the running stages."""
+        for item in self.running.values():
+            for key in item.job.keys:
+                node = self._by_key[key][0]
+                if node.state == "running":
+                    yield self._setup.needs_of(node.stage), self.timing.seconds(node)
 
     def _record_committed(self) -> None:
         """Mark running stages as done whose record is in the store; their job may still run."""

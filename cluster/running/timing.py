@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,13 @@ class Timing:
         left_s = self._own_seconds(node)
         return self.seconds(node) if left_s is None else elapsed_s + left_s
 
-    def paths(self, nodes: Iterable[Node]) -> Mapping[str, float]:
-        """Lineage -> seconds of the longest chain of open stages that starts there."""
-        paths: dict[str, float] = {}
+    def paths(
+        self, nodes: Iterable[Node], known: dict[str, float] | None = None
+    ) -> dict[str, float]:
+        """Lineage -> seconds of the longest chain of open stages that starts there. It has the
+        downstream stages too; those in `known` are not computed again, and new ones are added.
+        """
+        paths = {} if known is None else known
 
         def path(node: Node) -> float:
             lineage = node.stage.lineage

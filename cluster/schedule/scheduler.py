@@ -14,7 +14,7 @@ hosts       the fullest host that fits, so that whole hosts stay free for gangs;
 """
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, KeysView, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 
@@ -85,8 +85,8 @@ class ReadyQueue:
     def __getitem__(self, key: str) -> ReadyStage:
         return self._stages[key][0]
 
-    def __iter__(self) -> Iterator[ReadyStage]:
-        return (stage for stage, _ in self._stages.values())
+    def keys(self) -> KeysView[str]:
+        return self._stages.keys()
 
     def put(self, stage: ReadyStage) -> None:
         """Add a stage, in place of the one with its key."""
@@ -114,10 +114,6 @@ class ReadyQueue:
         if not self._lines[line].stages:
             del self._lines[line]
         self._avoiding.discard(key)
-
-    def of_each_need(self) -> list[ReadyStage]:
-        """One stage for each different need."""
-        return [next(line.stages.after(None)) for line in self._lines.values()]
 
     def place(
         self,

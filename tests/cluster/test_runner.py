@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +32,7 @@ from ebbline.cluster.running.nodes import Node
 from ebbline.cluster.running.runner import Runner
 from ebbline.cluster.schedule.costs import GpuTypes, Unmetered
 from ebbline.cluster.schedule.needs import default_needs, resident
-from ebbline.cluster.schedule.scheduler import place
+from ebbline.cluster.schedule.scheduler import ReadyQueue
 from ebbline.cluster.store.artifacts import Store
 from ebbline.cluster.store.resolver import Resolver, contents_of
 from ebbline.tasks.errors import ClusterLost, DiskFull, EndpointDown, StoreError, StudyError
@@ -459,15 +460,15 @@ def test_a_late_result_of_a_cancelled_job_changes_nothing(store, pool):
 
 @pytest.mark.slow
 def test_a_lost_stage_avoids_its_host_and_repeated_evictions_stop_the_run(store, pool, monkeypatch):
-    from ebbline.cluster.running import starter as module
-
     shunned: list[frozenset[str]] = []
 
-    def watched(works, *others):
-        shunned.extend(work.shun for work in works)
-        return place(works, *others)
+    real = ReadyQueue.place
 
-    monkeypatch.setattr(module, "place", watched)
+    def watched(queue, *others):
+        shunned.extend(queue[key].shun for key in list(queue.keys()))
+        return real(queue, *others)
+
+    monkeypatch.setattr(ReadyQueue, "place", watched)
     executor, stage = Silent(Loss("the node is gone", "place")), rows(5, pool)
     runner = Runner(store, executor, profile=PATIENCE)
     runner.add([stage])
@@ -502,16 +503,14 @@ def test_a_cluster_that_can_grow_receives_the_needs_instead_of_an_error(store, p
 
 
 def test_the_scheduler_knows_which_models_a_host_has_in_its_cache(store, pool, monkeypatch):
-    from ebbline.cluster.running import starter as module
+    calls: list[Mapping[str, AbstractSet[str]]] = []
+    real = ReadyQueue.place
 
-    calls: list[Mapping[str, frozenset[str]]] = []
-    monkeypatch.setattr(
-        module,
-        "place",
-        lambda works, busy, capacity, cached: (
-            calls.append(cached) or place(works, busy, capacity, cached)
-        ),
-    )
+    def placed(queue, busy, capacity, cached, now_s):
+        calls.append({name: frozenset(models) for name, models in cached.items()})
+        return real(queue, busy, capacity, cached, now_s)
+
+    monkeypatch.setattr(ReadyQueue, "place", placed)
     stage = rows(3, rows(5, pool))
     ran(store, stage)
     assert calls[0] == {} and calls[-1]["here"] == {resident(stage.upstream()[0])}
