@@ -15,16 +15,21 @@ import os
 import random
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ebbline.cluster.executors.executor import Capacity, Host, Needs
+from ebbline.cluster.running.runner import Runner
 from ebbline.cluster.schedule.scheduler import Busy, Placement, ReadyQueue, ReadyStage
 from ebbline.cluster.schedule.simulate import Choose, Step, bound_s, simulate
+from ebbline.cluster.store.artifacts import Store
 from tests.benchmarks import record
+from tests.cluster.test_ready_nodes import Holding, failed
+from tests.cluster.test_ready_nodes import ready as made_ready
 
 GPUS = (8, 64, 1024)
 STAGES = 10_000
@@ -221,6 +226,49 @@ def growth(gpus: int, runs: int) -> Iterator[dict[str, Any]]:
         }
 
 
+def longer(seconds: Callable[..., float]) -> Callable[..., float]:
+    """Estimates with which each stage is a batch of its own."""
+    return lambda *stage: 700.0 + seconds(*stage)
+
+
+def turns(runs: int) -> Iterator[dict[str, Any]]:
+    """What a start of stages costs the driver with so many ready: queue, estimates, decision, and
+    the request of the stage that starts. A host has eight GPUs, each stage needs one.
+    """
+    for stages in QUEUES[:2]:
+        executor = Holding(gpus=8)
+        with tempfile.TemporaryDirectory() as folder:
+            runner = Runner(Store(Path(folder)), executor, needs_of=lambda stage: ONE)
+            runner.estimates._seconds = longer(runner.estimates._seconds)  # type: ignore[method-assign]
+            runner.add(made_ready(stages))
+            before = time.thread_time()
+            runner._start()
+            yield {
+                "part": "one turn",
+                "ready": stages,
+                "case": "all stages are new",
+                "started": 8,
+                "ms_a_turn": 1000 * (time.thread_time() - before),
+            }
+            for case in ("no GPU free", "one GPU free", "one GPU free, estimates changed"):
+                took_s = []
+                for _ in range(runs):
+                    if case != "no GPU free":
+                        runner._end_job(failed(executor.jobs.pop(0)))
+                    if case.endswith("changed"):
+                        runner.estimates._predictions.clear()
+                    before = time.thread_time()
+                    runner._start()
+                    took_s.append(time.thread_time() - before)
+                yield {
+                    "part": "one turn",
+                    "ready": stages,
+                    "case": case,
+                    "started": 0 if case == "no GPU free" else 1,
+                    "ms_a_turn": 1000 * statistics.median(took_s),
+                }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -239,6 +287,9 @@ def main() -> None:
         if name != "part"
     }
     print(record.table(decisions, shown), end="\n\n")
+    of_driver = list(turns(runs=9))
+    shown = {name: shown["ready"] for name in of_driver[0] if name != "part"}
+    print(record.table(of_driver, shown), end="\n\n")
     tasks = [
         (side, gpus, seed, given.stages)
         for gpus in given.gpus
@@ -286,7 +337,7 @@ def main() -> None:
             of[gpus, MANY_PENDING]["makespan_h"] / mine
         )
     command = " ".join(["python -m tests.benchmarks.bench_schedule", *sys.argv[1:]])
-    path = record.write("schedule_simulated", command, (), rows + decisions, ratios)
+    path = record.write("schedule_simulated", command, (), rows + decisions + of_driver, ratios)
     print(f"wrote {path.relative_to(Path.cwd())}")
 
 
