@@ -205,7 +205,7 @@ class MemberFailed(Exception):
     """A member of a gang failed. The others wait for it in a collective, so the gang must end."""
 
     def __init__(self, report: Report) -> None:
-        super().__init__(report)  # so that it can be pickled, which Ray Train does
+        super().__init__(report)  # so that it can be pickled, which Ray does
         self.report = report
 
     def __str__(self) -> str:

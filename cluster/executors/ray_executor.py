@@ -1,4 +1,4 @@
-"""The Ray executor. One-GPU batches run as Ray tasks, gangs through Ray Train, on a local cluster
+"""The Ray executor. One-GPU batches run as Ray tasks, gangs as Ray actors, on a local cluster
 or on one by address.
 
 Invariant: a batch runs on exactly the hosts of its placement. If one of them is gone, or drains
@@ -59,9 +59,7 @@ class RayExecutor(Executor):
     """
 
     def __init__(self, address: str = "local", logical_gpus: int = 2) -> None:
-        # By default Ray Train and Ray Data report usage and poll a dashboard.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
         local: dict[str, Any] = (
             {"include_dashboard": False, "num_cpus": 2 * logical_gpus + 2}
             if address == "local"
@@ -90,12 +88,7 @@ class RayExecutor(Executor):
             )
         )
         self.device = "cuda" if real else "cpu"
-        # When a node drains, Ray Train would wait and restart on it; the runner uses another host.
-        variables = {
-            "TOKENIZERS_PARALLELISM": "false",
-            "RAY_TRAIN_V2_ENABLED": "1",
-            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-        }
+        variables = {"TOKENIZERS_PARALLELISM": "false"}
         # Each logical GPU has a fixed share of the cores, so that concurrent stages do not change
         # a stage's numbers.
         self.threads = None if real else max(1, (os.cpu_count() or 1) // max(1, gpus))
@@ -135,9 +128,9 @@ class RayExecutor(Executor):
                 Finished(job, (), Loss(f"{gone} went before the batch could start there", "place"))
             )
             return job
-        processes = JobProcesses(
+        processes = JobProcesses.reserve(
             f"{self._driver}-{number}",
-            tuple(str(ids[name]) for name, gpus in hosts.items() for _ in range(max(1, gpus))),
+            [str(ids[name]) for name, gpus in hosts.items() for _ in range(max(1, gpus))],
         )
         # Ray ends the process after each GPU task, to free GPU memory. A logical GPU has none, and
         # a warm process saves seconds of imports per batch.
@@ -160,17 +153,6 @@ class RayExecutor(Executor):
             return
         self._hosts.wait_for_head()
         requested = bundles(queue)
-        for job, _ in self._jobs.values():
-            running = next(
-                (
-                    bundle
-                    for bundle in requested
-                    if job.gpus > 1 and bundle[0].get("GPU") == job.gpus
-                ),
-                None,
-            )
-            if running is not None:
-                requested.remove(running)  # Ray Train itself requests its gangs' resources
         resources = [resource for resource, _ in requested]
         labels = [selector for _, selector in requested]
         _coordinator().request_resources.remote(
@@ -349,9 +331,7 @@ def _gpu_batch(requests: list[Request], processes: JobProcesses) -> tuple[Report
 
 @ray.remote(max_retries=0, num_cpus=0)  # type: ignore[untyped-decorator]
 def _gang(requests: list[Request], processes: JobProcesses) -> tuple[Report, ...]:
-    from ebbline.cluster.executors.gang import (
-        run_gang,  # ray.train imports torch, which a driver does not need
-    )
+    from ebbline.cluster.executors.gang import run_gang
 
     processes.sign_on("task")
     return run_gang(requests, processes)

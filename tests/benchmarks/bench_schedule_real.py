@@ -3,7 +3,7 @@ Ray Tune: part of `make bench-schedule`.
 
 20 stages on one GPU and two gangs of four sleep for their GPU time, as the machine has fewer cores
 than GPUs; two on one GPU train a tiny model. All are ready from the start. ebbline's side is its
-scheduler and its Ray executor, with Ray Train under the gangs; only what a process does with a
+scheduler and its Ray executor; only what a process does with a
 request is replaced, by the sleep. Ray Tune's side is a trial with a PlacementGroupFactory for each
 stage. Every stage has a process of its own, as on real GPUs, and writes down when it worked.
 """
@@ -70,6 +70,7 @@ def worked(
     rank: int = 0,
     world_size: int = 1,
     leaving: Callable[[], bool] = lambda: False,
+    gpu_type: str | None = None,
 ) -> tuple[Report, ...]:
     """Sleep or train, in place of `run_batch`, and write down from when to when: what a process
     does on both sides.
@@ -103,18 +104,10 @@ def _sleeping_batch(requests: list[Request], processes: JobProcesses) -> tuple[R
 
 @ray.remote(max_retries=0, num_cpus=0)  # type: ignore[untyped-decorator]
 def _sleeping_gang(requests: list[Request], processes: JobProcesses) -> tuple[Report, ...]:
-    from ebbline.cluster.executors import gang
+    from ebbline.cluster.executors.gang import run_gang
 
     processes.sign_on("task")
-    with patch.object(gang, "_member", _sleeping_member):
-        return gang.run_gang(requests, processes)
-
-
-def _sleeping_member(config: dict[str, Any]) -> None:
-    from ebbline.cluster.executors import gang
-
-    with patch.object(gang, "run_batch", worked):
-        gang._member(config)
+    return run_gang(requests, processes, worked)
 
 
 def ebbline(queue: Sequence[Entry], address: str) -> float:
@@ -210,7 +203,7 @@ def ray_tune(queue: Sequence[Entry], address: str, folder: Path, searcher: bool)
     def resources(config: dict[str, int]) -> tune.PlacementGroupFactory:
         size = sizes[config["entry"]]
         one = {"CPU": 1, "GPU": 1}
-        # The trial of a gang needs nothing itself, as Ray Train's controller on ebbline's side.
+        # The trial of a gang needs nothing itself, as the task that starts a gang of ebbline's.
         return tune.PlacementGroupFactory(
             [one] if size == 1 else [{}, *[one] * size], strategy="STRICT_PACK"
         )
@@ -414,6 +407,7 @@ def main() -> None:
         default=1.0,
         help="longer sleeps, where starting a process takes long",
     )
+    parser.add_argument("--sides", nargs="+", choices=list(sides()), default=list(sides()))
     given = parser.parse_args()
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in sides()}
@@ -428,7 +422,8 @@ def main() -> None:
         for seed in range(1, given.runs + 1):
             queue = steps(alone["training_s"], given.stretch)
             random.Random(seed).shuffle(queue)
-            for name, side in sides().items():
+            for name in given.sides:
+                side = sides()[name]
                 found[name].append(measured(name, side, queue, seed, address, model, rows))
                 written(found)
 
@@ -448,11 +443,11 @@ def written(found: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
     }
     print(record.table(table, columns), end="\n\n")
     of = {row["side"]: row["makespan_s"] for row in table}
-    mine = of["ebbline, noisy estimates"]
+    mine = "ebbline, noisy estimates"
     ratios = {
-        f"makespan {name} / ebbline, noisy estimates": of[name] / mine
+        f"makespan {name} / {mine}": of[name] / of[mine]
         for name in of
-        if name.startswith("Ray Tune")
+        if name.startswith("Ray Tune") and mine in of
     }
     ratios |= {f"makespan {row['side']} / bound": row["makespan_over_bound"] for row in table}
     each = [
