@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ebbline.cluster.schedule.scheduler import Busy, Placement, ReadyQueue, Read
 from ebbline.cluster.schedule.simulate import Choose, Step, bound_s, simulate
 from ebbline.cluster.store.artifacts import Store
 from tests.benchmarks import record
+from tests.cluster import full_reading
 from tests.cluster.test_ready_nodes import Holding, failed
 from tests.cluster.test_ready_nodes import ready as made_ready
 
@@ -189,7 +191,8 @@ def measured(side: str, gpus: int, seed: int, stages: int) -> dict[str, Any]:
 
 def growth(gpus: int, runs: int) -> Iterator[dict[str, Any]]:
     """What one decision costs with so many stages in the queue: on idle hosts, and with one free
-    GPU. And what it costs to put a stage into the queue, once.
+    GPU. And what it costs to put a stage into the queue, once, and to decide the same by reading
+    all stages, without a queue.
     """
     capacity = hosts(gpus)
     held = [
@@ -213,6 +216,12 @@ def growth(gpus: int, runs: int) -> Iterator[dict[str, Any]]:
             started = sum(len(placement.keys) for placement in ready.place(running, capacity))
             took_s.append(time.thread_time() - before)
         middle_ms = 1000 * statistics.median(took_s)
+        reading_s = []
+        for _ in range(3):
+            fresh = [replace(stage) for stage in works]
+            before = time.thread_time()
+            full_reading.place(fresh, running, capacity)
+            reading_s.append(time.thread_time() - before)
         yield {
             "part": "one decision",
             "gpus": gpus,
@@ -221,6 +230,7 @@ def growth(gpus: int, runs: int) -> Iterator[dict[str, Any]]:
             "started": started,
             "ms_a_decision": middle_ms,
             "ms_a_stage_started": middle_ms / started,
+            "ms_reading_all": 1000 * statistics.median(reading_s),
             "us_to_put_a_stage": 1e6 * put_s / stages,
             "spread": record.spread(took_s),
         }
