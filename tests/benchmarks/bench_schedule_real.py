@@ -283,7 +283,8 @@ def entries(queue: Sequence[Step], folder: Path, model: Path, rows: Path) -> lis
         else:
             here = folder / step.key
             here.mkdir(parents=True)
-            at = {"out": str(here), "log": str(here), "scratch": str(here / "scratch")}
+            out = here / "sleep" / step.key / "attempt" / "payload"  # as a store has it
+            at = {"out": str(out), "log": str(here), "scratch": str(here / "scratch")}
             request = Request(
                 step.key, "sleep", {"seconds": step.seconds}, {}, {}, gpus=step.needs.gpus, **at
             )
