@@ -26,9 +26,10 @@ from ebbline.tasks.errors import (
     OutOfMemory,
     TrainingError,
 )
+from ebbline.tasks.headers.hub import HUB, local_path
 from ebbline.tasks.inputs import ExpectedInput, InputCheck
 from ebbline.tasks.kinds import kind_named, parsed_spec
-from ebbline.tasks.models.loading import HUB, Residents, local_path
+from ebbline.tasks.models.loading import Residents
 from ebbline.tasks.models.memory import environment, laid_out, reset_peak_memory
 from ebbline.tasks.progress import PROGRESS, ProgressFile
 from ebbline.tasks.specs import Spec, TrainSpec

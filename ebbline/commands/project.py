@@ -33,11 +33,10 @@ from ebbline.tasks.defences.subspace import Bases
 from ebbline.tasks.defences.words import range_phrase
 from ebbline.tasks.errors import ModelError, ProjectionError
 from ebbline.tasks.headers.files import adapters_in
+from ebbline.tasks.headers.hub import local_path
 from ebbline.tasks.models.adapter_file import Adapter, plain_lora, read_adapter_file
-from ebbline.tasks.models.adapters import fitted
-from ebbline.tasks.models.loading import local_path
-from ebbline.tasks.models.model_folder import require_model_folder
-from ebbline.tasks.models.weights import Checkpoint, opened
+from ebbline.tasks.models.brought.fitted import fitted
+from ebbline.tasks.models.weights import Checkpoint, opened, require_model_folder
 
 RECORD = "safe_lora.json"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")  # of the Trainer: the same adapter, earlier

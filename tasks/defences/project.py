@@ -39,7 +39,7 @@ from ebbline.tasks.defences.subspace import Bases, read_basis, read_index
 from ebbline.tasks.errors import ProjectionError
 from ebbline.tasks.headers.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ebbline.tasks.models.adapter_file import Adapter, read_adapter, read_adapter_file
-from ebbline.tasks.models.adapters import fitted
+from ebbline.tasks.models.brought.fitted import fitted
 from ebbline.tasks.models.brought.folder import TOKENIZER_FILES
 from ebbline.tasks.models.weights import Checkpoint, opened, read_ahead
 from ebbline.tasks.specs import ApplySpec, ProjectSpec

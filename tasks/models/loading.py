@@ -1,5 +1,4 @@
-"""Loading models: the local path of a pinned location, and the model that this process keeps loaded
-between stages.
+"""Loading models, and the model that this process keeps loaded between stages.
 
 Only safetensors are read, and no code that comes with a model runs.
 """
@@ -18,61 +17,16 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from ebbline.tasks.chat.probes import check_chat
 from ebbline.tasks.chat.template import bind
 from ebbline.tasks.chat.tokenizers import read_tokenizer
-from ebbline.tasks.errors import EndpointDown, ModelError
-from ebbline.tasks.models.model_folder import load_whole, require_model_folder
-from ebbline.tasks.paths import check_named_files, inside
+from ebbline.tasks.errors import ModelError
+from ebbline.tasks.models.model_folder import load_whole
+from ebbline.tasks.models.weights import require_model_folder
+from ebbline.tasks.paths import check_named_files
 from ebbline.tasks.specs import DEFAULT_CHAT, Chat, Dtype, Quantisation
 
-HUB = "hub:"
 INT8_LOGGER = "bitsandbytes.autograd._functions"
 T = TypeVar("T")
 _SAMPLES = 16  # elements of each tensor in a fingerprint
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def local_path(location: str, moving: Callable[[], None] = lambda: None) -> Path:
-    """The local path of an input: the path itself, or a hub snapshot at its commit (downloaded
-    once, then from the cache).
-
-    `moving` is called while a download advances. Raises ModelError if the hub does not give the
-    snapshot, EndpointDown if the hub does not answer.
-    """
-    if not location.startswith(HUB):
-        return Path(location)
-    from httpx2 import TransportError
-    from huggingface_hub import snapshot_download  # only a study with hub models needs it
-    from huggingface_hub.errors import LocalEntryNotFoundError
-    from tqdm import tqdm
-
-    class ReportingBar(tqdm):  # type: ignore[misc]  # tqdm is untyped
-        def update(self, n: float | None = 1) -> Any:
-            moving()
-            return super().update(n)
-
-    _, repo_type, name = location.split(":", 2)
-    repo_id, _, rest = name.partition("@")
-    commit, _, file = rest.partition("#")
-    skip = ["*.bin", "*.pth", "*.pt", "*.gguf", "original/*"] if repo_type == "model" else None
-    try:
-        folder = snapshot_download(
-            repo_id,
-            revision=commit,
-            repo_type=repo_type,
-            ignore_patterns=skip,
-            allow_patterns=file or None,
-            tqdm_class=ReportingBar,
-        )
-    except (LocalEntryNotFoundError, TransportError) as error:
-        raise EndpointDown(
-            f"{repo_id} at {commit} is not on this machine, and the hub does not answer "
-            f"({type(error).__name__}); once it answers, the same command continues"
-        ) from error
-    # The hub client raises it for a missing repository or commit, and without access
-    except OSError as error:
-        raise ModelError(
-            f"{repo_id} at {commit} cannot be fetched from the hub: {type(error).__name__}: {error}"
-        ) from error
-    return inside(Path(folder), file, Path(location)) if file else Path(folder)
 
 
 def load_tokenizer(
