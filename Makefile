@@ -54,6 +54,7 @@ docs: $(VENV)/installed-docs
 
 bench-project: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_project
+	$(BIN)/python -m tests.benchmarks.bench_project_whole
 
 bench-inputs: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_inputs
