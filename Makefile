@@ -6,7 +6,7 @@
 # make lint       style, types and import directions
 # make docs       the documentation site in build/site, with all links checked
 # make lock       refresh the pinned versions
-# make bench-project    Safe LoRA against its definition: time and memory
+# make bench-project    Safe LoRA against its definition, and as whole processes: time and memory
 #                       (tests/benchmarks/results/project_*.json)
 # make bench-evaluate   eight adapters measured in one batch, against one process for each
 # make bench-schedule   a mixed queue of 10,000 stages on a virtual clock, against first-come and Ray
