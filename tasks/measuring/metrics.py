@@ -256,7 +256,7 @@ def read_metrics(folder: Path) -> list[Metric]:
 def write_samples(folder: Path, samples: Iterable[Sample]) -> None:
     with (folder / SAMPLES).open("w", encoding="utf-8") as handle:
         for sample in samples:
-            handle.write(json.dumps(asdict(sample)) + "\n")
+            handle.write(json.dumps(vars(sample)) + "\n")
 
 
 def read_samples(folder: Path) -> list[Sample]:
