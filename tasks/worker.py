@@ -4,8 +4,8 @@ A study's workers call it through ebbline.cluster.executors.executor.run_batch, 
 the artifacts. `ebbline rerun` calls it directly.
 
 It runs inline, in a Ray task, on each member of a gang, and from `ebbline rerun request.json`. The
-requests of a batch share the loaded model, and trainings may share a forward pass as a pack. A
-failed request does not stop the requests after it.
+requests of a batch share the loaded model. Trainings may share a forward pass as a pack, and
+generations as a group. A failed request does not stop the requests after it.
 """
 
 import contextlib
@@ -28,10 +28,11 @@ from ebbline.tasks.errors import (
 )
 from ebbline.tasks.inputs import ExpectedInput, InputCheck
 from ebbline.tasks.kinds import kind_named, parsed_spec
+from ebbline.tasks.measuring.grouped.requests import group_name, in_groups
 from ebbline.tasks.models.loading import HUB, Residents, local_path
 from ebbline.tasks.models.memory import environment, laid_out, reset_peak_memory
 from ebbline.tasks.progress import PROGRESS, ProgressFile
-from ebbline.tasks.specs import Spec, TrainSpec
+from ebbline.tasks.specs import GenerateSpec, Spec, TrainSpec
 from ebbline.tasks.stage import Context, Report, Request
 from ebbline.tasks.training.micro_batch import halve_after_kills
 from ebbline.tasks.training.packs import in_packs
@@ -65,8 +66,11 @@ def run_stages(
     """
     batch = _Batch(rank, world_size, prepare, saved, leaving)
     try:
-        for pack in in_packs(requests):
-            yield from batch.run_pack(pack) if len(pack) > 1 else [batch.run_one(pack[0])]
+        for together in in_groups(in_packs(requests)):
+            if len(together) > 1 or group_name(together[0]):
+                yield from batch.run_together(together)
+            else:
+                yield batch.run_one(together[0])
     finally:
         batch.free()
 
@@ -83,7 +87,7 @@ class _Turn:
 
 
 class _Batch:
-    """Runs the requests of one batch, one by one or in packs. They share the loaded model."""
+    """Runs the requests of one batch, one by one or together. They share the loaded model."""
 
     def __init__(
         self,
@@ -130,11 +134,12 @@ class _Batch:
             environment=environment(ctx, predicted_gb),
         )
 
-    def run_pack(self, requests: Sequence[Request]) -> Iterator[Report]:
-        """Train a pack. Trainings that fail as a pack run one by one, so that each error belongs to
-        one stage.
+    def run_together(self, requests: Sequence[Request]) -> Iterator[Report]:
+        """Train a pack, or measure a group. Requests that fail together run one by one, so that
+        each error belongs to one stage. So do those that a group leaves out.
         """
-        started = time.monotonic()
+        started, is_group = time.monotonic(), bool(group_name(requests[0]))
+        run, fewest, word = (_grouped, 1, "group") if is_group else (_packed, 2, "pack")
         turns: list[_Turn] = []
         for request in requests:
             try:
@@ -145,22 +150,17 @@ class _Batch:
                 yield self._failed(request, error, time.monotonic() - started)
         waiting = {turn.request.key: turn for turn in turns}
         try:
-            for key, seconds, failure, details in _packed(turns) if len(turns) > 1 else ():
+            for key, seconds, failure, details in run(turns) if len(turns) >= fewest else ():
                 turn = waiting.pop(key)
                 failure = failure or _change_of(turn.check)
                 if failure is not None:
                     yield self._failed(turn.request, failure, seconds, clear=False)
                 else:
-                    pack_s = time.monotonic() - started
-                    yield Report(
-                        key,
-                        seconds,
-                        environment={
-                            **details,
-                            "packed": len(turns),
-                            "pack_seconds": round(pack_s, 3),
-                        },
-                    )
+                    shared: dict[str, object] = {"grouped": len(turns)}
+                    if not is_group:
+                        pack_s = round(time.monotonic() - started, 3)
+                        shared = {"packed": len(turns), "pack_seconds": pack_s}
+                    yield Report(key, seconds, environment={**details, **shared})
         except Leaving as leaving:
             for turn in waiting.values():
                 yield self._failed(turn.request, leaving, time.monotonic() - started)
@@ -169,8 +169,10 @@ class _Batch:
         except Exception as error:  # noqa: BLE001
             self.residents.clear()
             _log.warning(
-                "%d trainings failed as a pack (%s) and are run one by one",
+                "%d %s failed as a %s (%s) and are run one by one",
                 len(waiting),
+                "generations" if is_group else "trainings",
+                word,
                 type(error).__name__,
             )
             for turn in waiting.values():
@@ -293,6 +295,24 @@ def _packed(
             error,
             environment(ctx, predicted_gb) if error is None else {},
         )
+
+
+def _grouped(
+    turns: Sequence[_Turn],
+) -> Iterator[tuple[str, float, EbblineError | None, dict[str, object]]]:
+    """(key, seconds, None, environment) of each generation of a group, as soon as its files are
+    written. One that the group leaves out is not yielded.
+    """
+    from ebbline.tasks.measuring.grouped.generations import Member, run  # imports transformers
+
+    keys: dict[Member, str] = {}
+    for turn in turns:
+        if isinstance(turn.spec, GenerateSpec):
+            member = Member(turn.spec, turn.inputs, Path(turn.request.out), turn.ctx)
+            keys[member] = turn.request.key
+    reset_peak_memory(turns[0].ctx.device)
+    for member in run(list(keys)):
+        yield keys[member], member.seconds, None, environment(member.ctx, None)
 
 
 def error_and_reason(error: BaseException, log: Path) -> tuple[str, str]:

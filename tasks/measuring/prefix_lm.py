@@ -10,7 +10,6 @@ requests and the batch size of the Spec alone. Models whose cache is not plain a
 HFLM.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,14 +26,13 @@ from ebbline.tasks.chat.probes import probe
 from ebbline.tasks.data.batch_shape import rows_together
 from ebbline.tasks.data.batches import even_threads, whole_batches
 from ebbline.tasks.errors import EvaluationError
-from ebbline.tasks.models.decoding import end_tokens, only
+from ebbline.tasks.models.decoding import end_tokens, has_plain_cache, only
 from ebbline.tasks.specs import Decoding
 
 # Settings that only sampling reads; `do_sample` is looked at by itself.
 SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"}
 # A prefix that saves a smaller share of its rows' tokens does not get a forward pass of its own.
 SMALLEST_SAVING = 0.1
-NEEDED = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
 # lm-eval's form: (strings or None, context tokens, continuation tokens).
 Encoded = tuple[Any, list[int], list[int]]
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
@@ -184,13 +182,7 @@ class PrefixLM(HFLM):  # type: ignore[misc]
     @property
     def shares_prefixes(self) -> bool:
         """Whether the model has a plain attention cache in every layer and `logits_to_keep`."""
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        layers = DynamicCache(config=self.config).layers
-        return bool(
-            inspect.signature(base.forward).parameters.keys() >= NEEDED
-            and layers
-            and {type(x) for x in layers} == {DynamicLayer}
-        )
+        return has_plain_cache(self.model)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True

@@ -184,7 +184,7 @@ def counted(folder: Path, gpus: int) -> Iterator[None]:
             engines.SingleDevice, "step", counting("training_steps", engines.SingleDevice.step)
         ),
         patch.object(project, "run_project", counting("projections", project.run_project)),
-        patch.object(generate, "run", counting("evaluations", generate.run)),
+        patch.object(generate, "write", counting("evaluations", generate.write)),
     ):
         yield
     held = {"gpu_s": gpus * (time.monotonic() - began)}
