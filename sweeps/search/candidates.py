@@ -20,7 +20,7 @@ from ebbline.tasks.identity import digest
 
 LISTED = 4096  # a space with more adapters is not listed; candidates are drawn from it
 OPEN, OPTIONS = 16, 10  # adapters considered for further masks, and masks of each
-NEW = 24  # new adapters considered
+NEW = 96  # new adapters considered
 GUESSES = 6  # knob settings considered for an adapter that is not measured
 SIMILAR = 16  # measured adapters from which the share of an unmeasured one is guessed
 
