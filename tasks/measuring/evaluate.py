@@ -36,10 +36,11 @@ from ebbline.tasks.measuring.generate import (
     tokenizer_record,
 )
 from ebbline.tasks.measuring.lm_tasks.definitions import METRICS, use_sandbox
+from ebbline.tasks.measuring.lm_tasks.prefix_model import PrefixLM
 from ebbline.tasks.measuring.lm_tasks.rows_cache import fingerprint, rows_cached
 from ebbline.tasks.measuring.lm_tasks.sources import tasks_of
 from ebbline.tasks.measuring.metrics import Metric, Sample, write_metrics, write_samples
-from ebbline.tasks.measuring.prefix_lm import Plan, PrefixLM, plan
+from ebbline.tasks.measuring.prefix_lm import Plan, plan
 from ebbline.tasks.models.adapters import with_adapter
 from ebbline.tasks.specs import EvaluateSpec
 from ebbline.tasks.stage import Context

@@ -107,9 +107,6 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model from a Hugging Face folder of safetensors, quantised while it loads
     if `quantisation` says so. Raises ModelError unless every weight comes from the folder.
-
-    NF4 weights are stored in `dtype`, so that ZeRO-3 and FSDP can shard them together with the
-    unquantised weights.
     """
     stored = require_model_folder(folder).config.get("quantization_config")
     if stored and quantisation != "none":
@@ -120,13 +117,7 @@ def load_model(
         )
     quantised: dict[str, Any] = {}
     if quantisation == "nf4":
-        quantised["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=DTYPES[dtype],
-            bnb_4bit_quant_storage=DTYPES[dtype],
-        )
+        quantised["quantization_config"] = nf4_config(dtype)
     elif quantisation == "int8":
         quantised["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
         logging.getLogger(INT8_LOGGER).addFilter(_is_news)
@@ -135,6 +126,24 @@ def load_model(
     model = load_whole(AutoModelForCausalLM, folder, dtype=DTYPES[dtype], **quantised)
     if not quantised:
         model.to(device)
+    return as_loaded(model, device)
+
+
+def nf4_config(dtype: Dtype) -> BitsAndBytesConfig:
+    """QLoRA's quantisation. Weights are stored in `dtype`, so that ZeRO-3 and FSDP can shard them
+    together with the unquantised weights.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[dtype],
+        bnb_4bit_quant_storage=DTYPES[dtype],
+    )
+
+
+def as_loaded(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """The model with the settings that every loaded model has."""
     if getattr(model, "is_quantized", False) and device == "cpu":
         _keep_unpacked(model)
     model.config.use_cache = False
@@ -170,10 +179,11 @@ class _Loaded:
 
 class Residents:
     """The base model that this process keeps loaded: one at a time, shared by all stages that need
-    it.
+    it. `load` reads it: a benchmark makes the model in memory instead.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, load: Callable[..., PreTrainedModel] | None = None) -> None:
+        self._load = load
         self._loaded: _Loaded | None = None
         self._remembered: dict[object, Any] = {}
         self.loads = 0
@@ -206,7 +216,7 @@ class Residents:
             del loaded
             self.clear()
             self.tokenizer(folder, chat, checked, adapter)
-            model = load_model(folder, quantisation, dtype, device)
+            model = (self._load or load_model)(folder, quantisation, dtype, device)
             loaded = _Loaded(identity, model, fingerprint(model))
             self._loaded = loaded
             self.loads += 1

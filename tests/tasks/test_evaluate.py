@@ -20,8 +20,9 @@ from lm_eval.tasks import TaskManager
 
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.evaluate import ANSWERS, PROMPTS, run
+from ebbline.tasks.measuring.lm_tasks.prefix_model import PrefixLM
 from ebbline.tasks.measuring.metrics import METRICS, read_metrics, read_samples
-from ebbline.tasks.measuring.prefix_lm import PrefixLM, plan, shared_runs
+from ebbline.tasks.measuring.prefix_lm import plan, shared_runs
 from ebbline.tasks.models.adapters import with_adapter
 from ebbline.tasks.models.loading import Residents, load_model, load_tokenizer
 from ebbline.tasks.specs import EvaluateSpec
