@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, EXECUTORS
+from ebbline.defend_command import defend_app
 from ebbline.options import (
     DEFAULT_HOME,
     EXIT_CODES,
@@ -300,6 +301,7 @@ def run(
 app.add_typer(slurm_app)
 app.add_typer(outcome_app)
 app.add_typer(tool_app)
+app.add_typer(defend_app)
 app.add_typer(
     prompts_app,
     name="prompts",

@@ -86,8 +86,8 @@ def project(
     """
     adapters = [adapters] if isinstance(adapters, str | Path) else adapters
     rules = each_checked(str(base), str(aligned), threshold, modules, projector, energy)
-    _require_device(device)
-    destination = _destination(Path(out))
+    require_device(device)
+    destination = new_destination(Path(out))
     if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
         raise ProjectionError(
             f"{cache} is a file; the cache of the exact projector's bases is a folder"
@@ -108,7 +108,7 @@ def project(
         require_model_folder(model.folder)
     loaded = [fitted(file, source.aligned) for file in files]
     try:
-        with _scratch(destination) as scratch:
+        with scratch_beside(destination) as scratch:
             spool, fresh = scratch / "spool", scratch / "out"
             spool.mkdir()
             rows, spooled = _measured(loaded, source, spool, progress, device)
@@ -128,7 +128,7 @@ def project(
 
 
 @contextmanager
-def _scratch(destination: Path) -> Iterator[Path]:
+def scratch_beside(destination: Path) -> Iterator[Path]:
     """A temporary folder beside `destination`. Removes the folders of killed runs on this machine
     first.
     """
@@ -152,7 +152,7 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _destination(out: Path) -> Path:
+def new_destination(out: Path) -> Path:
     """The output folder, which must be new or empty. Raises ProjectionError otherwise, before any
     work.
     """
@@ -169,7 +169,7 @@ def _destination(out: Path) -> Path:
     return destination
 
 
-def _require_device(device: str) -> None:
+def require_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (
