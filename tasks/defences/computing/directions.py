@@ -63,7 +63,7 @@ def extrapolated(
     factor: float,
     device: str = "cpu",
 ) -> torch.Tensor:
-    """LoX (arXiv 2506.15606): W_aligned + factor * SVD_count(V), in the dtype of the aligned weight.
+    """LoX (arXiv 2506.15606): W_aligned + factor * SVD_count(V), in the aligned weight's dtype.
 
     It strengthens alignment's `count` leading directions *before* a fine-tuning. V itself stays
     that of the unchanged models. A factor or a count of 0 returns the weight bit for bit. Raises

@@ -111,13 +111,12 @@ def _listed(knob: Knob, given: Value | Sequence[Value]) -> list[Value]:
 
 def folder_name(values: Values, varied: Sequence[str]) -> str:
     """The varied knobs as the name of a folder, such as threshold-0.4."""
-    parts = [f"{name}-{_in_a_path(values[name])}" for name in varied]
-    return "_".join(parts)
+    return "+".join(f"{name}-{_in_a_path(values[name])}" for name in varied)
 
 
 def _in_a_path(value: Value) -> str:
     text = str(value)
-    return "".join(each if each.isalnum() or each in ".-" else "+" for each in text)
+    return "".join(each if each.isalnum() or each in "._-" else "-" for each in text)
 
 
 def shown(values: Values) -> str:
