@@ -138,6 +138,17 @@ def test_a_rotation_spreads_a_direction_over_all_others():
     assert float((squares.mean(0) - 1 / d_out).abs().max()) < 5 * deviation
 
 
+def test_the_mean_of_rotated_projections_is_a_multiple_of_the_update():
+    """The mean of Q C Q^T B over all Q is trace(C) / d_out B: the rest has no preferred side."""
+    base, aligned, _, b = made(6, 8, 2, 0)
+    v = aligned.double() - base.double()
+    c = v @ v.T / v.norm()
+    rotations = [Rotation(b, frames(draw)) for draw in range(400)]
+    drawn = torch.stack([each.back(c @ each.into().double()).double() for each in rotations])
+    expected, deviation = c.trace() / 6 * b.double(), drawn.std(0) / 400**0.5
+    assert float(((drawn.mean(0) - expected).abs() / deviation).max()) < 5
+
+
 ROWS = {
     **{f"layers.{n}.q_proj": ModuleRow(0.1 * n, 0.1) for n in range(6)},
     **{f"layers.{n}.up_proj": ModuleRow(0.2 * n, 0.1) for n in range(4)},
