@@ -40,7 +40,7 @@ from ebbline.tasks.models.model_folder import require_model_folder
 from ebbline.tasks.models.weights import Checkpoint, opened
 
 RECORD = "safe_lora.json"
-_CHECKPOINT = re.compile(r"checkpoint-\d+")  # of the Trainer: the same adapter, earlier
+TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")  # of the Trainer: the same adapter, earlier
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
 
@@ -271,7 +271,9 @@ def _written(
 
 def _notes(adapter: Adapter, rows: Mapping[str, ModuleRow]) -> list[str]:
     notes = []
-    others = [name for name in adapters_in(adapter.folder) if not _CHECKPOINT.fullmatch(name)]
+    others = [
+        name for name in adapters_in(adapter.folder) if not TRAINER_CHECKPOINT.fullmatch(name)
+    ]
     if others:
         notes.append(
             f"{adapter.folder} has other adapters in subfolders; they were not projected: "

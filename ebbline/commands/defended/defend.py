@@ -9,6 +9,7 @@ adapter, with a `defence.json` that records what was done to each module. The tw
 once, for all adapters, settings and controls.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from typing import Any, cast
 from safetensors import SafetensorError
 
 from ebbline.commands.project import (
+    TRAINER_CHECKPOINT,
     distinct_names,
     located,
     new_destination,
@@ -31,7 +33,7 @@ from ebbline.tasks.defences.computing.writing import update_of, write_defended
 from ebbline.tasks.defences.controls.control import Control
 from ebbline.tasks.defences.controls.registry import DRAWS, controls_of
 from ebbline.tasks.defences.gate import ModuleRow
-from ebbline.tasks.defences.methods.knobs import Value, Values, folder_name, grid
+from ebbline.tasks.defences.methods.knobs import Value, Values, folder_name, grid, shown
 from ebbline.tasks.defences.methods.method import Measured, Method
 from ebbline.tasks.defences.methods.registry import method_named
 from ebbline.tasks.defences.subspace import Bases
@@ -120,6 +122,9 @@ def defend(
     adapters = [adapters] if isinstance(adapters, str | Path) else adapters
     chosen, given = method_named(method), knobs or {}
     settings = [chosen.filled(values) for values in grid(chosen.knobs, given)]
+    for index, setting in enumerate(settings):
+        if setting in settings[:index]:
+            raise ProjectionError(f"the setting {shown(setting)} is given twice")
     inputs = Inputs(*(None if each is None else str(each) for each in (base, aligned, safety)))
     _require_inputs(chosen, inputs)
     arms = _arms(chosen, controls, draws)
@@ -129,24 +134,19 @@ def defend(
         raise ProjectionError(f"{cache} is a file; the cache of the exact bases is a folder")
     loaded, source, other = _read(chosen, adapters, inputs, settings, arms, cache, device)
     names = [""] if len(loaded) == 1 else distinct_names([each.folder for each in loaded])
-    varied = [name for name in dict.fromkeys(key for key in given) if _is_varied(name, settings)]
+    varied = [name for name in given if _is_varied(name, settings)]
     try:
         with scratch_beside(destination) as scratch:
             spool_folder, fresh = scratch / "spool", scratch / "out"
             spool_folder.mkdir()
-            if source is None:
-                rows = [{m: ModuleRow(None, None, NOT_READ) for m in a.modules} for a in loaded]
-                spool = Spool({})
-            else:
-                rows, spool = measure(loaded, source, spool_folder, progress, device)
+            rows, spool = _measured(loaded, source, spool_folder, progress, device)
             results = []
             for number, (adapter, own, name) in enumerate(zip(loaded, rows, names, strict=True)):
-                for setting in settings:
-                    for arm in arms:
-                        made = _Making(chosen, adapter, number, own, spool, other, inputs)
-                        place = Path(name) / (folder_name(setting, varied) if varied else "")
-                        place /= arm.label if len(arms) > 1 else ""
-                        results.append(made.write(setting, arm, fresh / place, destination / place))
+                making = _Making(chosen, adapter, number, own, spool, other, inputs)
+                for setting, arm in itertools.product(settings, arms):
+                    place = Path(name) / (folder_name(setting, varied) if varied else "")
+                    place /= arm.label if len(arms) > 1 else ""
+                    results.append(making.write(setting, arm, fresh / place, destination / place))
             fresh.replace(destination)
     except (OSError, SafetensorError) as error:
         raise ProjectionError(
@@ -154,6 +154,20 @@ def defend(
             "nothing was written there"
         ) from error
     return results
+
+
+def _measured(
+    adapters: Sequence[Adapter],
+    source: DefenceWeights | None,
+    folder: Path,
+    progress: Callable[[int, int, str], None],
+    device: str,
+) -> tuple[list[dict[str, ModuleRow]], Spool]:
+    """As `measure`; without models, no module has a cosine and nothing is kept."""
+    if source is not None:
+        return measure(adapters, source, folder, progress, device)
+    without = ModuleRow(None, None, NOT_READ)
+    return [dict.fromkeys(adapter.modules, without) for adapter in adapters], Spool({})
 
 
 def _is_varied(name: str, settings: Sequence[Values]) -> bool:
@@ -314,7 +328,9 @@ def _record(done: DefendedAdapter, method: Method, inputs: Inputs) -> dict[str, 
 
 
 def _notes(adapter: Adapter, rows: Mapping[str, ModuleRow]) -> Iterator[str]:
-    if others := [name for name in adapters_in(adapter.folder) if "checkpoint-" not in name]:
+    if others := [
+        name for name in adapters_in(adapter.folder) if not TRAINER_CHECKPOINT.fullmatch(name)
+    ]:
         yield (
             f"{adapter.folder} has other adapters in subfolders; they were left alone: "
             f"{', '.join(others)}"

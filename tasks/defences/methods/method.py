@@ -36,16 +36,18 @@ class ReadModule:
     aligned_OI: "torch.Tensor"
     device: str = "cpu"
     _directions: "Directions | None" = field(default=None, repr=False)
+    _count: int = 0
 
     def directions(self, count: int) -> "Directions":
         """The leading directions of aligned - base, computed once for all adapters."""
         from ebbline.tasks.defences.computing.directions import leading_directions  # torch
 
-        if self._directions is None:
-            self._directions = leading_directions(
-                self.module, self.base_OI, self.aligned_OI, count, self.device
+        if self._directions is None or self._count < count:
+            self._directions, self._count = (
+                leading_directions(self.module, self.base_OI, self.aligned_OI, count, self.device),
+                count,
             )
-        return self._directions
+        return self._directions.first(count)
 
 
 @dataclass(frozen=True)
