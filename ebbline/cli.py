@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, EXECUTORS
-from ebbline.defend_command import defend_app
+from ebbline.commands.defended.command import defend_app
 from ebbline.options import (
     DEFAULT_HOME,
     EXIT_CODES,
