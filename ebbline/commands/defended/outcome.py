@@ -47,5 +47,5 @@ def _sentence(each: DefendedAdapter) -> str:
     if ratios:
         text += f"; median length {median(ratios):.3f} of the update's"
     if shares:
-        text += f", {median(shares):.0%} of the change is scaling"
+        text += f", {median(shares):.1%} of the change is scaling"
     return text
