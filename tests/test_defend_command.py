@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from ebbline.cli import app
 from ebbline.commands.defended.defend import RECORD, DefendedAdapter, defend
 from ebbline.commands.project import project
+from ebbline.tasks.defences import subspace
 from ebbline.tasks.defences.computing.writing import update_of
+from ebbline.tasks.defences.projectors import alignment_basis
 from ebbline.tasks.errors import ModelError, ProjectionError
 from ebbline.tasks.headers.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ebbline.tasks.models.adapter_file import read_adapter
@@ -164,6 +166,23 @@ def test_every_control_has_a_folder_a_draw_and_its_partners_lengths(pair, made, 
         **models(pair),
     )
     assert [each.changed for each in again] == [each.changed for each in done[6:]]
+
+
+def test_the_exact_projector_has_one_basis_a_module_for_all_adapters_settings_and_draws(
+    pair, made, tmp_path, monkeypatch
+):
+    modules = []
+
+    def counted(module, *rest):
+        modules.append(module)
+        return alignment_basis(module, *rest)
+
+    monkeypatch.setattr(subspace, "alignment_basis", counted)
+    knobs = {"projector": "exact", "energy": 0.5, "modules": [2, 4]}
+    both = [made / "adapter", made / "rslora"]
+    done = defend(both, tmp_path / "out", knobs=knobs, controls=True, **models(pair))
+    assert len(done) == 2 * 2 * 8 and len(modules) == len(set(modules)) == 14
+    assert done[0].out.parts[-3:] == ("adapter", "modules-2", "defence")
 
 
 @pytest.mark.model

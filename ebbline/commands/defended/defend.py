@@ -28,7 +28,7 @@ from ebbline.commands.project import (
 )
 from ebbline.tasks.defences.computing.draws import GENERATOR
 from ebbline.tasks.defences.computing.factors import Effect, Factors, effect
-from ebbline.tasks.defences.computing.measured import DefenceWeights, Spool, measure
+from ebbline.tasks.defences.computing.measured import DefenceWeights, OnceBases, Spool, measure
 from ebbline.tasks.defences.computing.writing import update_of, write_defended
 from ebbline.tasks.defences.controls.control import Control
 from ebbline.tasks.defences.controls.registry import DRAWS, controls_of
@@ -36,7 +36,6 @@ from ebbline.tasks.defences.gate import ModuleRow
 from ebbline.tasks.defences.methods.knobs import Value, Values, folder_name, grid, shown
 from ebbline.tasks.defences.methods.method import Measured, Method
 from ebbline.tasks.defences.methods.registry import method_named
-from ebbline.tasks.defences.subspace import Bases
 from ebbline.tasks.errors import ProjectionError
 from ebbline.tasks.headers.files import adapters_in
 from ebbline.tasks.models.adapter_file import Adapter, plain_lora, read_adapter_file
@@ -237,7 +236,9 @@ def _read(
         return loaded, None, other
     energy = cast(float | None, settings[0].get("energy"))
     bases = (
-        None if energy is None else Bases(energy, None if cache is None else Path(cache), device)
+        None
+        if energy is None
+        else OnceBases(energy, None if cache is None else Path(cache), device)
     )
     rotations = sum(arm.control is not None and arm.control.rotates for arm in arms)
     source = DefenceWeights(

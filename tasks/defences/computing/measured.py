@@ -19,6 +19,7 @@ from ebbline.tasks.defences.methods.knobs import Values
 from ebbline.tasks.defences.methods.method import Method, ReadModule, Tensors
 from ebbline.tasks.defences.project import Progress, Weights, projections, row_of
 from ebbline.tasks.defences.projectors import Projection, Update, Workspace
+from ebbline.tasks.defences.subspace import Bases
 from ebbline.tasks.models.adapter_file import Adapter
 from ebbline.tasks.models.weights import opened
 
@@ -28,6 +29,19 @@ class MeasuredProjection(Projection):
     """A projection with the tensors that a defence and its controls keep."""
 
     kept: Tensors = field(default_factory=dict)
+
+
+class OnceBases(Bases):
+    """Bases that keep the last module's: without a cache, its rotations would compute it again."""
+
+    _last: tuple[str, torch.Tensor] | None = None
+
+    def basis(
+        self, module: str, base_OI: torch.Tensor, aligned_OI: torch.Tensor, models: tuple[str, str]
+    ) -> torch.Tensor:
+        if self._last is None or self._last[0] != module:
+            self._last = module, super().basis(module, base_OI, aligned_OI, models)
+        return self._last[1]
 
 
 @dataclass(frozen=True, kw_only=True)
