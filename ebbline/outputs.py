@@ -5,16 +5,17 @@ Invariant: the tables are written first, and no output takes another with it.
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from ebbline.analysis.figures.drawing import save
+from ebbline.analysis.figures.drawing import save_pdf, save_png
 from ebbline.analysis.figures.projection import projection_figures
 from ebbline.analysis.report.attempts import LOG, Attempts
 from ebbline.analysis.report.findings import figures_of, findings
 from ebbline.analysis.report.provenance import provenance
 from ebbline.analysis.report.report import write_report
+from ebbline.analysis.report.second_process import SecondProcess
 from ebbline.analysis.report.verdict import answer_cells, verdict
 from ebbline.analysis.results.adapter_notes import adapter_notes
 from ebbline.analysis.results.before_after import before_after
@@ -39,6 +40,7 @@ from ebbline.analysis.results.tables import (
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.commands.plan import GANTT
 from ebbline.sweeps.forecast.prediction import read_predictions
+from ebbline.sweeps.search.importance import importances
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
@@ -66,16 +68,21 @@ def require_current(view: StudyView, results: Sequence[Result]) -> None:
 
 
 def write_outputs(
-    view: StudyView, results: Sequence[Result], attempts: Attempts | None = None
+    view: StudyView,
+    results: Sequence[Result],
+    attempts: Attempts | None = None,
+    second: SecondProcess | None = None,
 ) -> dict[str, Path]:
     """Write the tables, then the figures and the report of `results`. Returns name -> path of each
-    output.
+    output. `second` makes some parts beside the others.
 
     What fails is noted in `attempts`, and the other outputs are written.
     """
+    second = second or SecondProcess()
     study, home, folder = view.study, view.home, view.folder
     attempts = attempts_of(view) if attempts is None else attempts
     make, paths = attempts.make, dict[str, Path]()
+    importance = second.start(importances, study, results)  # first: it takes longest
     tables = make(
         "the tables",
         lambda: write_tables(results_frame(results, study.objectives, home.profile), folder),
@@ -85,16 +92,12 @@ def write_outputs(
     before = make("the models before fine-tuning", lambda: baselines(view)) or {}
     evidence = make("the samples", lambda: StoredEvidence(view)) or NO_EVIDENCE
     picked = make("the recorded pick", lambda: chosen(results, folder)) or ()
-    found = findings(study, results, before, evidence, picked, attempts)
-    drawn = figures_of(found, attempts)
-    for name, each in drawn.items():
-        saved = make(f"the figure {name}", partial(save, each.figure, folder, name))
-        if saved is not None and name == "frontier":
-            paths["figure"] = saved[0]
+    printed = dict[str, Callable[[], Path]]()
     projected = make("what was projected", lambda: projections(study, results, home)) or {}
     maps = make("the figures of what was projected", lambda: projection_figures(projected)) or {}
     for name, figure in maps.items():
-        make(f"the figure {name}", partial(save, figure, folder, name))
+        if make(f"the figure {name}", partial(save_png, figure, folder, name)) is not None:
+            printed[name] = second.start(save_pdf, figure, folder, name)
     categories = make(
         "the table by category",
         lambda: write_categories(categories_frame(study, results, before, evidence), folder),
@@ -104,6 +107,14 @@ def write_outputs(
     artifacts = make("the stages behind the results", lambda: artifacts_behind(view, results)) or []
     cost = make("the costs", lambda: _cost(view, results, artifacts)) or {}
     origin = make("the provenance", lambda: provenance(view, results, artifacts).rows()) or []
+    found = findings(study, results, before, evidence, picked, attempts, importance)
+    drawn = figures_of(found, attempts)
+    for name, each in drawn.items():
+        saved = make(f"the figure {name}", partial(save_png, each.figure, folder, name))
+        if saved is not None:
+            printed[name] = second.start(save_pdf, each.figure, folder, name)
+            if name == "frontier":
+                paths["figure"] = saved
     notes = [
         *(make("the notes on refusals", lambda: no_refusals(study, before)) or ()),
         *(make("the notes on adapters", lambda: adapter_notes(view, results)) or ()),
@@ -116,6 +127,8 @@ def write_outputs(
     )
     if report is not None:
         paths["report"] = report
+    for name, pdf in printed.items():
+        make(f"the figure {name}", pdf)
     return paths
 
 

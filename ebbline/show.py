@@ -18,6 +18,7 @@ from rich.text import Text
 
 from ebbline.analysis.results.costs import gpu_hours_label
 from ebbline.analysis.results.wording import clock, progress_label
+from ebbline.cluster.schedule.pace import pace_sentence
 from ebbline.plot import FrontierSoFar
 from ebbline.sweeps.drive.live import Failed, Live
 from ebbline.sweeps.drive.progress import Progress
@@ -195,12 +196,15 @@ def at_work_now(live: Live) -> str:
 
 
 def left(live: Live) -> str:
-    """The time left: of the prediction, or of what has started where that takes longer."""
-    rest_s = 0.0 if live.predicted is None else live.predicted.wall_s - elapsed_s(live)
+    """The time left: of the prediction, or of what has started where that takes longer. Both follow
+    the pace of this run's stages, which is named where it is another than predicted.
+    """
+    rest_s = 0.0 if live.predicted is None else live.pace * live.predicted.wall_s - elapsed_s(live)
     if live.ended is not None or max(rest_s, live.left_s) <= 0:
         return ""
     whole = "" if rest_s >= live.left_s else " for what has started"
-    return f"about {clock(max(rest_s, live.left_s))} left{whole}"
+    pace = pace_sentence(live.pace)
+    return f"about {clock(max(rest_s, live.left_s))} left{whole}{f' ({pace})' if pace else ''}"
 
 
 def _hours(live: Live) -> str:
@@ -221,20 +225,21 @@ def budgeted(live: Live) -> str:
             f"{clock(predicted.wall_s)}"
         )
         rest_s, rest = (
-            predicted.wall_s - elapsed_s(live),
-            max(0.0, predicted.gpu_hours - used_now.gpu_hours),
+            live.pace * predicted.wall_s - elapsed_s(live),
+            max(0.0, live.pace * predicted.gpu_hours - used_now.gpu_hours),
         )
         usd = (
             None
             if predicted.usd is None or used_now.usd is None
-            else max(0.0, predicted.usd - used_now.usd)
+            else max(0.0, live.pace * predicted.usd - used_now.usd)
         )
         left_of_it = (
             f", of which {gpu_hours_label(rest, usd, hours)} and {clock(rest_s)} are left"
             if rest_s > 0
             else ", now exceeded"
         )
-        parts.append(f"predicted for this run {whole}{left_of_it}")
+        pace = pace_sentence(live.pace)
+        parts.append(f"predicted for this run {whole}{f', but {pace}' if pace else ''}{left_of_it}")
     limits = {
         "usd": (live.spent.usd, "${:.2f} of ${:.2f}"),
         "gpu_hours": (live.spent.gpu_hours, "{:.3g} of {:g} GPU-hours"),

@@ -11,7 +11,7 @@
     ├── TrainingError     a training does not fit in memory, or its result is invalid (NaN loss,
     │   │                 empty adapter)
     │   └── OutOfMemory   a gang ran out of memory; a smaller micro-batch may fit
-    ├── ProjectionError   Safe LoRA cannot be computed for these weights
+    ├── ProjectionError   a defence cannot be computed for these weights and settings
     ├── EvaluationError   a measurement failed; it has no number
     │   └── EndpointDown  a judge's endpoint or the model hub does not answer; the stage is
     │                     not at fault

@@ -68,9 +68,14 @@ class Stage:
             }
         )
 
-    def upstream(self) -> "list[Stage]":
+    def upstream(self) -> "tuple[Stage, ...]":
         """The stages that this one reads from, in the order of the input names."""
-        return [stage for item in self.inputs.values() if (stage := stage_of(item)) is not None]
+        return self._upstream
+
+    @cached_property
+    def _upstream(self) -> "tuple[Stage, ...]":
+        found = (stage_of(item) for item in self.inputs.values())
+        return tuple(stage for stage in found if stage is not None)
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,24 @@ class Context:
 
 
 @dataclass(frozen=True)
+class FollowUp:
+    """A small stage that reads the output of a request, and runs right after it in its batch.
+
+    Its key is known once that output is committed. `reads` maps inputs to parts of the output (""
+    is all of it); `inputs` and `contents` have the other inputs, as in a Request. `attempt` is the
+    name of its attempt's folder.
+    """
+
+    kind: str
+    spec: Mapping[str, Any]
+    reads: Mapping[str, str]
+    inputs: Mapping[str, str]
+    contents: Mapping[str, str]
+    attempt: str
+    load: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Request:
     """One attempt at one stage, as plain data: it can be written as JSON (`request.json`, gangs)
     and holds no closure.
@@ -197,6 +220,7 @@ class Request:
     killed: tuple[str, ...] = ()
     # Its counted work (ebbline.cluster.schedule.counted_work), for the record
     load: Mapping[str, float] = field(default_factory=dict)
+    follow_ups: tuple[FollowUp, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True)
@@ -204,7 +228,13 @@ class Request:
     @staticmethod
     def from_json(text: str) -> "Request":
         fields = json.loads(text)
-        return Request(**{**fields, "killed": tuple(fields.get("killed", ()))})
+        return Request(
+            **{
+                **fields,
+                "killed": tuple(fields.get("killed", ())),
+                "follow_ups": tuple(FollowUp(**each) for each in fields.get("follow_ups", ())),
+            }
+        )
 
     def context(self, **changes: Any) -> Context:
         return replace(

@@ -82,6 +82,8 @@ class StageKind(Generic[S]):
     alike: tuple[str, ...] = ()
     nearer: tuple[str, ...] = ()
     has_metrics: bool = False
+    # Small, and without a GPU: it runs in the batch of the stage whose output it reads
+    follows_its_input: bool = False
     # `store gc --keep-adapters` may drop the tensors of the adapter that it writes
     writes_adapter: bool = False
     # In the Gantt chart: C0, C1, ... of the figures' palette, or a grey from 0 to 1; "" is "other"

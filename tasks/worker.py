@@ -4,19 +4,20 @@ A study's workers call it through ebbline.cluster.executors.executor.run_batch, 
 the artifacts. `ebbline rerun` calls it directly.
 
 It runs inline, in a Ray task, on each member of a gang, and from `ebbline rerun request.json`. The
-requests of a batch share the loaded model, and trainings may share a forward pass as a pack. A
-failed request does not stop the requests after it.
+requests of a batch share the loaded model. Trainings may share a forward pass as a pack, and
+generations as a group. A failed request does not stop the requests after it.
 """
 
 import contextlib
 import logging
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ebbline.tasks.errors import (
     Damaged,
@@ -26,15 +27,19 @@ from ebbline.tasks.errors import (
     OutOfMemory,
     TrainingError,
 )
+from ebbline.tasks.headers.hub import HUB, local_path
 from ebbline.tasks.inputs import ExpectedInput, InputCheck
 from ebbline.tasks.kinds import kind_named, parsed_spec
-from ebbline.tasks.models.loading import HUB, Residents, local_path
+from ebbline.tasks.measuring.grouped.requests import group_name, in_groups
 from ebbline.tasks.models.memory import environment, laid_out, reset_peak_memory
 from ebbline.tasks.progress import PROGRESS, ProgressFile
-from ebbline.tasks.specs import Spec, TrainSpec
+from ebbline.tasks.specs import GenerateSpec, Spec, TrainSpec
 from ebbline.tasks.stage import Context, Report, Request
 from ebbline.tasks.training.micro_batch import halve_after_kills
 from ebbline.tasks.training.packs import in_packs
+
+if TYPE_CHECKING:
+    from ebbline.tasks.models.loading import Residents
 
 _log = logging.getLogger(__name__)
 ERROR, PACK_ERROR = "error.txt", "pack_error.txt"
@@ -55,18 +60,23 @@ def run_stages(
     prepare: Callable[[Request], Request] = _unchanged,
     saved: Callable[[Request], None] = _ignore,
     leaving: Callable[[], bool] = lambda: False,
+    residents: "Residents | None" = None,
 ) -> Iterator[Report]:
     """Run each request in turn and yield its report as soon as its files are written. A failed
     stage gives a report and never raises.
 
     `prepare` is called before a request runs, and may copy its inputs to this machine. `saved` is
     called after each checkpoint. Once `leaving` returns true, no further request starts: each is
-    reported as Leaving.
+    reported as Leaving. `residents` hold the models, and are cleared at the end; by default new
+    ones.
     """
-    batch = _Batch(rank, world_size, prepare, saved, leaving)
+    batch, taken = _Batch(rank, world_size, prepare, saved, leaving, residents), iter(requests)
     try:
-        for pack in in_packs(requests):
-            yield from batch.run_pack(pack) if len(pack) > 1 else [batch.run_one(pack[0])]
+        for together in in_groups(lambda: in_packs(taken)):
+            if len(together) > 1 or group_name(together[0]):
+                yield from batch.run_together(together)
+            else:
+                yield batch.run_one(together[0])
     finally:
         batch.free()
 
@@ -83,7 +93,7 @@ class _Turn:
 
 
 class _Batch:
-    """Runs the requests of one batch, one by one or in packs. They share the loaded model."""
+    """Runs the requests of one batch, one by one or together. They share the loaded model."""
 
     def __init__(
         self,
@@ -92,18 +102,30 @@ class _Batch:
         prepare: Callable[[Request], Request],
         saved: Callable[[Request], None],
         leaving: Callable[[], bool],
+        residents: "Residents | None",
     ) -> None:
-        self.residents = Residents()
+        self._residents = residents
         self._rank, self._world_size = rank, world_size
         self._prepare, self._saved, self._leaving = prepare, saved, leaving
         self._held_model = False
+
+    @property
+    def residents(self) -> "Residents | None":
+        """The models that this batch keeps. None in a process without torch: a stage that needs
+        none must not pay for its import, which takes seconds.
+        """
+        if self._residents is None and "torch" in sys.modules:
+            from ebbline.tasks.models.loading import Residents
+
+            self._residents = Residents()
+        return self._residents
 
     def free(self) -> None:
         """Release the models. A batch of stages without GPUs holds none and skips the garbage
         collection.
         """
-        if self._held_model or not self.residents.empty:
-            self.residents.clear()
+        if self._residents is not None and (self._held_model or not self._residents.empty):
+            self._residents.clear()
         self._held_model = False
 
     def run_one(self, request: Request) -> Report:
@@ -130,11 +152,12 @@ class _Batch:
             environment=environment(ctx, predicted_gb),
         )
 
-    def run_pack(self, requests: Sequence[Request]) -> Iterator[Report]:
-        """Train a pack. Trainings that fail as a pack run one by one, so that each error belongs to
-        one stage.
+    def run_together(self, requests: Sequence[Request]) -> Iterator[Report]:
+        """Train a pack, or measure a group. Requests that fail together run one by one, so that
+        each error belongs to one stage. So do those that a group leaves out.
         """
-        started = time.monotonic()
+        started, is_group = time.monotonic(), bool(group_name(requests[0]))
+        run, fewest, word = (_grouped, 1, "group") if is_group else (_packed, 2, "pack")
         turns: list[_Turn] = []
         for request in requests:
             try:
@@ -145,32 +168,29 @@ class _Batch:
                 yield self._failed(request, error, time.monotonic() - started)
         waiting = {turn.request.key: turn for turn in turns}
         try:
-            for key, seconds, failure, details in _packed(turns) if len(turns) > 1 else ():
+            for key, seconds, failure, details in run(turns) if len(turns) >= fewest else ():
                 turn = waiting.pop(key)
                 failure = failure or _change_of(turn.check)
                 if failure is not None:
                     yield self._failed(turn.request, failure, seconds, clear=False)
                 else:
-                    pack_s = time.monotonic() - started
-                    yield Report(
-                        key,
-                        seconds,
-                        environment={
-                            **details,
-                            "packed": len(turns),
-                            "pack_seconds": round(pack_s, 3),
-                        },
-                    )
+                    shared: dict[str, object] = {"grouped": len(turns)}
+                    if not is_group:
+                        pack_s = round(time.monotonic() - started, 3)
+                        shared = {"packed": len(turns), "pack_seconds": pack_s}
+                    yield Report(key, seconds, environment={**details, **shared})
         except Leaving as leaving:
             for turn in waiting.values():
                 yield self._failed(turn.request, leaving, time.monotonic() - started)
             return
         # Run one by one, the training at fault fails with an error of its own
         except Exception as error:  # noqa: BLE001
-            self.residents.clear()
+            self.free()
             _log.warning(
-                "%d trainings failed as a pack (%s) and are run one by one",
+                "%d %s failed as a %s (%s) and are run one by one",
                 len(waiting),
+                "generations" if is_group else "trainings",
+                word,
                 type(error).__name__,
             )
             for turn in waiting.values():
@@ -184,6 +204,9 @@ class _Batch:
         if self._leaving():
             raise Leaving("the machine is about to go; this stage had not begun")
         self._held_model |= request.gpus > 0
+        kind_named(request.kind).load_function()  # imports torch, if the kind needs it
+        if request.gpus:
+            import torch  # noqa: F401  # also where the function imports it later
         request = self._prepare(request)
         spec = parsed_spec(request)
         file = ProgressFile(Path(request.log) / PROGRESS if self._rank == 0 else None, packed)
@@ -295,6 +318,24 @@ def _packed(
         )
 
 
+def _grouped(
+    turns: Sequence[_Turn],
+) -> Iterator[tuple[str, float, EbblineError | None, dict[str, object]]]:
+    """(key, seconds, None, environment) of each generation of a group, as soon as its files are
+    written. One that the group leaves out is not yielded.
+    """
+    from ebbline.tasks.measuring.grouped.generations import Member, run  # imports transformers
+
+    keys: dict[Member, str] = {}
+    for turn in turns:
+        if isinstance(turn.spec, GenerateSpec):
+            member = Member(turn.spec, turn.inputs, Path(turn.request.out), turn.ctx)
+            keys[member] = turn.request.key
+    reset_peak_memory(turns[0].ctx.device)
+    for member in run(list(keys)):
+        yield keys[member], member.seconds, None, environment(member.ctx, None)
+
+
 def error_and_reason(error: BaseException, log: Path) -> tuple[str, str]:
     """(type, one-line reason) of a failure, safe for reports and W&B.
 
@@ -323,7 +364,7 @@ def _fetching(file: ProgressFile, name: str, started: float) -> None:
 
 
 def _set_threads(threads: int | None) -> None:
-    if threads is not None:
+    if threads is not None and "torch" in sys.modules:
         import torch  # the driver process never imports torch
 
         torch.set_num_threads(threads)

@@ -53,16 +53,18 @@ def predict_full(shape: Shape, spec: TrainSpec, layout: Layout) -> PredictedMemo
     return PredictedMemory(training, loading)
 
 
-def predict_measuring(shape: Shape, quantisation: Quantisation) -> PredictedMemory:
-    """The memory of the one GPU that measures a refusal suite or the task in bfloat16, with the
-    most tokens that a batch may have.
+def predict_measuring(
+    shape: Shape, quantisation: Quantisation, tokens: int = TOKENS
+) -> PredictedMemory:
+    """The memory of the one GPU that measures a refusal suite or the task in bfloat16, with batches
+    of `tokens` tokens: by default the most that a batch may have.
     """
     weights = quantised_bytes(shape, quantisation, 2) + 2 * shape.other_parameters
     largest = 2 * max(rows * columns for rows, columns in shape.linears.values())
     found = {
         "weights": weights + constant_bytes(shape, quantisation),
-        "keys and values": 2 * 2 * shape.layers * shape.keys * TOKENS,
-        "a layer's activations": 2 * (3 * shape.intermediate + 4 * shape.hidden) * TOKENS,
+        "keys and values": 2 * 2 * shape.layers * shape.keys * tokens,
+        "a layer's activations": 2 * (3 * shape.intermediate + 4 * shape.hidden) * tokens,
         "a dequantised matrix": largest if quantisation != "none" else 0,
     }
     return PredictedMemory(found, found["weights"] + largest)

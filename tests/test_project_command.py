@@ -39,6 +39,15 @@ from tests.tasks.test_weights import Q0, SMALL, Tensors, built, edited, lora
 from tests.tiny import Pair
 from tests.tolerance import merged, rounding, within
 
+AS_A_COMMAND = """
+import sys
+from pathlib import Path
+from ebbline.cli import main
+try:
+    main()
+finally:
+    Path("imported.txt").write_text(" ".join(sys.modules))
+"""
 LAST = "model.layers.1.self_attn.v_proj"  # by name: every other module is done by then
 
 
@@ -615,8 +624,8 @@ def test_the_command_in_a_process_of_its_own_writes_the_bytes_that_the_function_
     (done,) = project([adapter], pair.base, pair.aligned, tmp_path / "function", modules=5)
     line = [
         sys.executable,
-        "-m",
-        "ebbline.cli",
+        "-c",
+        AS_A_COMMAND,
         *asked(pair, tmp_path / "command", adapter),
         *"--modules 5 --report seen/page.html".split(),
     ]
@@ -637,6 +646,9 @@ def test_the_command_in_a_process_of_its_own_writes_the_bytes_that_the_function_
     )  # it asks for nothing
     assert Q0 in page and "5 of 14 modules projected" in page
     assert {path.suffix for path in (tmp_path / "seen").iterdir()} == {".html", ".png", ".pdf"}
+    # Their imports take longer than the projection
+    imported = set((tmp_path / "imported.txt").read_text().split())
+    assert "torch" in imported and not imported & {"transformers", "peft", "huggingface_hub"}
 
 
 @pytest.mark.parametrize("name", ["../../planted", "{out}/planted", "a/../../../planted", "x\ny"])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from ebbline.commands import run as running
 from ebbline.commands.run import Place, run_study
 from ebbline.commands.status import print_status
 from ebbline.plot import FrontierSoFar
-from ebbline.show import Picture, Screen
+from ebbline.show import Picture, Screen, left
 from ebbline.sweeps.drive import snapshot
+from ebbline.sweeps.drive.live import Expected, Live
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.drive.progress import Progress
 from ebbline.sweeps.forecast import forecast as forecasts
@@ -350,3 +352,18 @@ def test_only_a_run_to_the_study_s_end_that_ran_something_is_compared_with_its_p
     assert code == 0 and "; took " in printed and lines(home) == ["wall_s", "wall_s", "begun_s"]
     code, printed = ran()
     assert code == 0 and "; took " not in printed and len(lines(home)) == 3
+
+
+def test_the_time_left_follows_the_pace_of_the_run_and_names_it():
+    now = time.time()
+    live = Live.model_construct(
+        started=now - 60,
+        at=now,
+        ended=None,
+        predicted=Expected(wall_s=120, gpu_hours=1.0, usd=None),
+        left_s=10.0,
+        pace=1.0,
+    )
+    assert left(live) == "about 1:00 left"
+    slower = live.model_copy(update={"pace": 2.0})
+    assert left(slower) == "about 3:00 left (stages take 2.0 times as long as earlier ones did)"

@@ -53,3 +53,8 @@ def test_a_page_does_what_it_says(page: str, written: Path, tmp_path: Path) -> N
     folder = checkout(tmp_path)
     shutil.copytree(written / "mine", folder / "mine")
     follow(DOCS / page, folder, {"EBBLINE_HOME": str(written / "runs")})
+
+
+def test_a_defence_is_added_as_its_page_says(tmp_path: Path) -> None:
+    """Only here a defence is added: its file, its line in the list, its test and its command."""
+    follow(DOCS / "adding-a-defence.md", checkout(tmp_path), {})

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from ebbline.analysis.wandb.mirror import alone
 from ebbline.sweeps.study.study_file import shipped
 from tests.organisms import copied
 
@@ -85,3 +86,7 @@ def run(study: str, home: Path) -> None:
     for what in ("results", "frontier", "figure", "report"):
         named = re.search(rf"^{what} +(.+)$", printed, re.MULTILINE)
         assert named is not None and Path(named[1]).stat().st_size > 0, printed
+    report = re.search(r"^report +(.+)$", printed, re.MULTILINE)
+    assert report is not None
+    with alone(Path(report[1]).parent, RUN_S) as free:  # the run does not wait for the mirror
+        assert free

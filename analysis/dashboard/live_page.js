@@ -184,7 +184,7 @@ function drawFacts() {
   at("gpus").textContent = live && drive.driver ? `${live.gpus.busy} of ${live.gpus.total}` : "none";
   const hours = live && live.gpus.logical ? "logical GPU-hours" : "GPU-hours";
   at("spent").textContent = live ? `${live.spent.gpu_hours.toPrecision(3)} ${hours}${usd(live.spent.usd)}` : counts ? counts.spent : "–";
-  at("left").textContent = live && drive.driver ? `about ${clock(live.left_s)}` : "–";
+  at("left").textContent = live && drive.driver ? `about ${clock(live.left_s)}${live.pace_text ? `; ${live.pace_text}` : ""}` : "–";
   at("predicted").textContent = live && live.predicted
     ? `${clock(live.taken.driving_s)} of ${clock(live.predicted.wall_s)}, ${live.taken.gpu_hours.toPrecision(3)} of ${live.predicted.gpu_hours.toPrecision(3)} ${hours}${usd(live.predicted.usd)}` : "–";
 }

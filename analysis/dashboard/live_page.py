@@ -38,6 +38,7 @@ from ebbline.analysis.results.wording import (
     settings_label,
     status_label,
 )
+from ebbline.cluster.schedule.pace import pace_sentence
 from ebbline.cluster.schedule.simulate import Span
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.drive.live import TIMELINE, AtWork, Ended, Live, read_live
@@ -409,6 +410,7 @@ def _drive(live: Live | None, holder: str | None) -> Row:
     if live is not None and snapshot is not None:
         for row, stage in zip(snapshot["running"], live.running, strict=True):
             row["progress_text"] = progress_label(stage)
+        snapshot["pace_text"] = pace_sentence(live.pace)
     if snapshot is not None and not holder:
         snapshot |= {"running": [], "left_s": 0.0}
     return {"driver": holder, "now": time.time(), "live": snapshot}

@@ -24,7 +24,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from ebbline.analysis.dashboard.live_page import LivePage
 from ebbline.analysis.report.page import template
-from ebbline.sweeps.state.trials import opened, reaching
+from ebbline.sweeps.state.trials import caching, reaching
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import EbblineError, StudyError
 
@@ -149,7 +149,7 @@ class Site:
                 from optuna_dashboard import wsgi  # the import takes a second and is rarely needed
 
                 with suppress(KeyError), reaching(self._database):
-                    storage = opened(self._database.to_read())
+                    storage = caching(self._database.to_read())
                     self._number = storage.get_study_id_from_name(self._database.name)
                     self._optuna_app = wsgi(storage)
             return self._optuna_app

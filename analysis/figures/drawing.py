@@ -123,21 +123,41 @@ def error_bar(metric: Metric) -> tuple[list[float], list[float]]:
     return [max(0.0, metric.value - low)], [max(0.0, high - metric.value)]
 
 
+def lay_out(figure: Figure) -> None:
+    """Place the parts of a figure once. Else matplotlib places and draws them anew for each format,
+    which takes twice as long. Call it inside the figure's `style`.
+    """
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine(None)
+
+
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """NAME.png (200 dpi) and NAME.pdf (fonts embedded as TrueType)."""
+    return [save_png(figure, folder, name), save_pdf(figure, folder, name)]
+
+
+def save_png(figure: Figure, folder: Path, name: str) -> Path:
+    """NAME.png, 200 dpi."""
     with style():
-        return [
-            write_whole(folder / f"{name}.png", lambda path: figure.savefig(path, dpi=200)),
-            write_whole(
-                folder / f"{name}.pdf",
-                lambda path: figure.savefig(path, metadata={"CreationDate": None}),
-            ),
-        ]
+        lay_out(figure)
+        return write_whole(folder / f"{name}.png", lambda path: figure.savefig(path, dpi=200))
+
+
+def save_pdf(figure: Figure, folder: Path, name: str) -> Path:
+    """NAME.pdf, with fonts embedded as TrueType."""
+    with style():
+        lay_out(figure)
+        return write_whole(
+            folder / f"{name}.pdf",
+            lambda path: figure.savefig(path, metadata={"CreationDate": None}),
+        )
 
 
 def save_for_print(figure: Figure, folder: Path, name: str, page: Page) -> list[Path]:
     """NAME.pdf (fonts embedded as TrueType), NAME.svg (text as paths) and NAME.png (300 dpi)."""
     with style(page):
+        lay_out(figure)
         return [
             write_whole(
                 folder / f"{name}.pdf",
@@ -157,6 +177,7 @@ def save_svg(figure: Figure, folder: Path, name: str) -> Path:
 
 def svg(figure: Figure) -> bytes:
     with style():
+        lay_out(figure)
         drawn = io.BytesIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     return drawn.getvalue()

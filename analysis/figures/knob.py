@@ -62,10 +62,13 @@ def threshold_figure(
                     for result in done
                     if result.point.model == model and name in result.metrics
                 ]
+                by_line: dict[str, list[Result]] = {line: [] for line in appearance}
+                for result in own:
+                    by_line[_line_of(result)].append(result)
                 for line, look in appearance.items():
                     _line(
                         axes,
-                        [result for result in own if _line_of(result) == line],
+                        by_line[line],
                         name,
                         look,
                         none_at,

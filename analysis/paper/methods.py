@@ -276,6 +276,11 @@ def _measurement(
                 f"{suite} was measured in blocks of {measure.race.block} prompts and could "
                 "stop early, so points rest on different numbers of prompts."
             )
+            if measure.race.error is not None and measure.race.dominated:
+                yield (
+                    f"A point of {suite} that was stopped would be dominated over all prompts, "
+                    f"with an error of at most {measure.race.error:g}."
+                )
     for name in study.judges:
         where = study.judges[name].settings.endpoint
         what = (

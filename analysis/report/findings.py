@@ -67,8 +67,11 @@ def findings(
     evidence: Evidence = NO_EVIDENCE,
     picked: Sequence[Result] = (),
     attempts: Attempts | None = None,
+    importance: Callable[[], dict[str, Importance]] | None = None,
 ) -> Findings:
-    """What is computed from the results. A part that fails is empty, and noted in `attempts`."""
+    """What is computed from the results. A part that fails is empty, and noted in `attempts`.
+    `importance` returns that of the axes, if something else computes it.
+    """
     make = (attempts or Attempts()).make
     return Findings(
         study,
@@ -83,7 +86,10 @@ def findings(
             or []
         ),
         (make("the attainment bands", lambda: attainments(results, study.objectives)) or {}),
-        (make("the importance of the axes", lambda: importances(study, results)) or {}),
+        (
+            make("the importance of the axes", importance or (lambda: importances(study, results)))
+            or {}
+        ),
         picked,
     )
 

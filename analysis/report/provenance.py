@@ -18,7 +18,7 @@ from typing import NamedTuple
 from ebbline.analysis.results.collect import SuitePrompts, artifacts_behind, prompt_sets
 from ebbline.analysis.results.wording import natural
 from ebbline.cluster.store.artifacts import Artifact
-from ebbline.sweeps.state.racing import races
+from ebbline.sweeps.state.races.racing import races
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.changes import lasting
 from ebbline.sweeps.study.pins import references

@@ -16,8 +16,9 @@ from ebbline.cluster.schedule.costs import Cost
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.cluster.store.resolver import Resolver
 from ebbline.sweeps.state.outcome import costs_of, lasting_results, metrics_of, results_of
+from ebbline.sweeps.state.result_cache import ResultCache
 from ebbline.sweeps.state.spending import Spent, read_spent
-from ebbline.sweeps.state.trials import Reader, read
+from ebbline.sweeps.state.trials import Entry, Reader, read
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result, keys_of
 from ebbline.sweeps.study.stages import stages_or_reason
@@ -37,8 +38,16 @@ def collect(view: StudyView) -> list[Result]:
     A failed point and an invalid one have a reason.
     """
     entries, _ = read(view.study, view.database)
-    results = results_of(view.study, entries, view.graph, Resolver(view.home.store))
+    results = results_of(
+        view.study, entries, view.graph, Resolver(view.home.store), _cached(view, entries)
+    )
     return _of_budget(results, read_spent(view.folder))
+
+
+def _cached(view: StudyView, entries: Sequence[Entry]) -> dict[int, Result]:
+    """The results that need not be read from the store and that no other point can change."""
+    cached = ResultCache(view.study, view.home.store, view.folder).read(entries)
+    return lasting_results(view.study, list(cached.values()))
 
 
 def _of_budget(results: list[Result], spent: Spent) -> list[Result]:
@@ -61,7 +70,7 @@ class Follower:
     def __init__(self, view: StudyView) -> None:
         self._view = view.unlocated()
         self._points = Reader(view.study, view.database)
-        self._kept: dict[int, Result] = {}
+        self._kept: dict[int, Result] | None = None
         self._before: dict[str, dict[str, Metric]] = {}
 
     def look(self) -> list[Result]:
@@ -70,7 +79,8 @@ class Follower:
         if not view.database.exists:
             return []
         entries, _ = self._points.look()
-        results = results_of(view.study, entries, view.graph, Resolver(view.home.store), self._kept)
+        kept = _cached(view, entries) if self._kept is None else self._kept
+        results = results_of(view.study, entries, view.graph, Resolver(view.home.store), kept)
         self._kept = lasting_results(view.study, results)
         return _of_budget(results, read_spent(view.folder))
 

@@ -3,8 +3,9 @@
     python -m ebbline.analysis.wandb.mirror STUDY --home DIR
 
 Invariants: nothing waits for the mirror. It runs until its standard input closes, which also
-happens when the parent process dies; then it shows the remaining results and exits. With
-`</dev/null` it shows everything once. A study has one mirror at a time.
+happens when the parent process ends or dies; then it shows the remaining results and exits. With
+`</dev/null` it shows everything once. A study has one mirror at a time: the next one waits until
+the one before has ended.
 """
 
 import argparse
@@ -14,9 +15,11 @@ import os
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from ebbline.analysis.results.collect import collect
 from ebbline.analysis.wandb.runs import Mirror, Mirrored, chosen_mode
@@ -27,6 +30,8 @@ from ebbline.sweeps.study.view import StudyView
 
 EVERY_S = 5.0
 SLOWEST_S = 300.0
+POLL_S = 0.2
+TURN_S = 600.0  # how long a mirror waits for the one of an earlier run
 _log = logging.getLogger("ebbline.analysis.wandb.mirror")
 
 
@@ -64,18 +69,38 @@ def stop(process: "subprocess.Popen[bytes]", wait_s: float = 30.0) -> bool:
         return False
 
 
+def let_go(process: "subprocess.Popen[bytes]") -> int | None:
+    """Lets the mirror show the remaining results by itself. Its exit code if it has ended before,
+    None while it goes on.
+    """
+    ended = process.poll()
+    if process.stdin is not None:
+        process.stdin.close()
+    return ended
+
+
 @contextmanager
-def alone(folder: Path) -> Iterator[bool]:
-    """Holds the study's mirror lock; yields False if another mirror holds it."""
-    path = folder / MIRROR_LOCK
+def alone(folder: Path, wait_s: float = 0.0) -> Iterator[bool]:
+    """Holds the study's mirror lock; yields False if another mirror still holds it after `wait_s`
+    seconds.
+    """
+    path, end = folder / MIRROR_LOCK, time.monotonic() + wait_s
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        while not _locked(handle):
+            if time.monotonic() >= end:
+                yield False
+                return
+            time.sleep(POLL_S)
+        yield True
+
+
+def _locked(handle: IO[str]) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def trainings_of(results: Sequence[Result], store: Store) -> list[Artifact]:
@@ -150,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _log.info("mirroring %s, %s", study.study, mode)
     if mode == "disabled":
         return
-    with alone(view.folder) as only:
+    with alone(view.folder, TURN_S) as only:
         if not only:
             _log.info("another mirror of this study is running")
         elif not follow(

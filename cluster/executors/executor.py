@@ -4,19 +4,24 @@ A stage is done when its record exists, often long before its Job ends. Callers 
 results in the store, and ask the executor only for failed and lost stages.
 """
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from ebbline.cluster.store.workplace import workplace
+from ebbline.cluster.store.artifacts import Artifact
+from ebbline.cluster.store.follow_ups import requests_after
+from ebbline.cluster.store.workplace import Workplace, workplace
 from ebbline.tasks.errors import EbblineError
 from ebbline.tasks.kinds import request_payload
 from ebbline.tasks.stage import Report, Request
 
 # Ray's label for the type of a host's GPUs. A host without real GPUs does not have it.
 ACCELERATOR_TYPE = "ray.io/accelerator-type"
+_log = logging.getLogger(__name__)
 SLOTS = 2  # per host, for stages without a GPU; few, because each may use all of the disk
 
 
@@ -159,18 +164,16 @@ def run_batch(
     """Run a batch in this process and commit each stage when it is done. Every executor's workers
     call it. `gpu_type` is the type of this process's GPUs, None without real ones.
 
+    A request's follow-ups run after it, if they are not in the store. They have reports too.
+
     Raises MemberFailed when a stage of a gang fails.
     """
-    from ebbline.tasks.worker import (  # imports torch, which a driver does not need
-        error_and_reason,
-        run_stages,
-    )
+    from ebbline.tasks.worker import error_and_reason, run_stages  # only a worker needs them
 
-    workplaces = {request.key: workplace(request, rank, world_size) for request in requests}
-    local = [place.request for place in workplaces.values()]
-    reports = []
+    waiting = _Waiting(requests, rank, world_size)
+    workplaces, reports = waiting.workplaces, []
     for report in run_stages(
-        local,
+        waiting,
         rank,
         world_size,
         lambda request: workplaces[request.key].prepare(),
@@ -190,7 +193,8 @@ def run_batch(
             if request.load:
                 provenance["load"] = dict(request.load)
             try:
-                place.store.commit(place.attempt, request_payload(request), provenance)
+                artifact = place.store.commit(place.attempt, request_payload(request), provenance)
+                waiting.add_after(request.key, artifact)
             except (EbblineError, OSError) as error:
                 name, reason = error_and_reason(error, Path(request.log))
                 report = replace(report, error=f"could not be committed: {reason}", error_type=name)
@@ -201,11 +205,46 @@ def run_batch(
     return tuple(reports)
 
 
+class _Waiting(Iterator[Request]):
+    """The requests of a batch that have not begun, in order; iterating takes them. It ends while
+    there are none, and goes on once some were added.
+    """
+
+    def __init__(self, requests: Sequence[Request], rank: int, world_size: int) -> None:
+        self.workplaces: dict[str, Workplace] = {
+            request.key: workplace(request, rank, world_size) for request in requests
+        }
+        self._original = {request.key: request for request in requests}
+        self._waiting = deque(place.request for place in self.workplaces.values())
+
+    def __iter__(self) -> Iterator[Request]:
+        return self
+
+    def __next__(self) -> Request:
+        if not self._waiting:
+            raise StopIteration
+        return self._waiting.popleft()
+
+    def add_after(self, key: str, artifact: Artifact) -> None:
+        """Put the follow-ups of a committed request first. One that cannot begin here is left to
+        the driver, which starts it as a job of its own.
+        """
+        try:
+            added = requests_after(self._original[key], artifact) if key in self._original else []
+        except (EbblineError, OSError) as error:
+            _log.warning("a stage after %s cannot begin here: %s", artifact.kind, error)
+            return
+        for request in reversed(added):
+            if request.key not in self.workplaces:
+                self.workplaces[request.key] = workplace(request)
+                self._waiting.appendleft(self.workplaces[request.key].request)
+
+
 class MemberFailed(Exception):
     """A member of a gang failed. The others wait for it in a collective, so the gang must end."""
 
     def __init__(self, report: Report) -> None:
-        super().__init__(report)  # so that it can be pickled, which Ray Train does
+        super().__init__(report)  # so that it can be pickled, which Ray does
         self.report = report
 
     def __str__(self) -> str:

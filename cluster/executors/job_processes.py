@@ -2,25 +2,32 @@
 them.
 
 Every process of a job signs on in Ray's key-value store, so that it can be killed on its machine
-when it hangs: Ray only asks a process to end. A gang's controller signs on with its actor id.
-Otherwise its placement group would hold the gang's GPUs until the driver ends: Ray frees a group
-when its creator and the driver are gone, and Ray Train removes it only at an orderly end.
+when it hangs: Ray only asks a process to end. The driver reserves a gang's GPUs in a placement
+group. It is removed when the gang ends, by the driver when the job is lost or cancelled, and by Ray
+when the driver ends.
 """
 
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import psutil
 import ray
 import ray._private.state
-from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_list, _internal_kv_put
-from ray.util.placement_group import PlacementGroup, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from ebbline.cluster.executors.executor import ACCELERATOR_TYPE
 
@@ -29,30 +36,47 @@ LOOK_EVERY_S = 2.0
 
 
 class Process(NamedTuple):
-    """A process that signed on. `node` and `actor` are Ray ids; `actor` is empty for a task.
-    `started` is in seconds since the epoch.
-    """
+    """A process that signed on. `node` is a Ray id. `started` is in seconds since the epoch."""
 
-    role: Literal["task", "controller", "member"]
+    role: Literal["task", "member"]
     node: str
     pid: int
     started: float
-    actor: str
 
 
 @dataclass(frozen=True)
 class JobProcesses:
     """The processes of a job. `job` is unique among the jobs of all drivers; `nodes` has the Ray
-    node id of each process.
+    node id of each process; `group` is the id of a gang's placement group.
     """
 
     job: str
     nodes: tuple[str, ...]
+    group: str = ""
 
-    def sign_on(self, role: Literal["task", "controller", "member"]) -> None:
-        context, process = ray.get_runtime_context(), psutil.Process()
-        node, actor = context.get_node_id(), context.get_actor_id() or ""
-        key = f"{self.job}/{role}/{node}/{process.pid}/{process.create_time()}/{actor}"
+    @staticmethod
+    def reserve(job: str, nodes: Sequence[str]) -> "JobProcesses":
+        """A job on these nodes. For several processes, reserve a CPU and a GPU each on its node,
+        without waiting until they are free.
+        """
+        if len(nodes) == 1:
+            return JobProcesses(job, tuple(nodes))
+        group = placement_group(
+            [{"CPU": 1, "GPU": 1} for _ in nodes],
+            bundle_label_selector=[{ray._raylet.RAY_NODE_ID_KEY: node} for node in nodes],
+        )
+        return JobProcesses(job, tuple(nodes), group.id.hex())
+
+    def bundle(self, rank: int) -> PlacementGroupSchedulingStrategy:
+        """Schedule on the reserved GPU of this rank."""
+        return PlacementGroupSchedulingStrategy(self._group(), placement_group_bundle_index=rank)
+
+    def _group(self) -> PlacementGroup:
+        return PlacementGroup(ray.PlacementGroupID(bytes.fromhex(self.group)))
+
+    def sign_on(self, role: Literal["task", "member"]) -> None:
+        node, process = ray.get_runtime_context().get_node_id(), psutil.Process()
+        key = f"{self.job}/{role}/{node}/{process.pid}/{process.create_time()}"
         _internal_kv_put(key, b"", namespace=NAMESPACE)
 
     def complete(self) -> bool:
@@ -66,8 +90,7 @@ class JobProcesses:
         """
         if len(self.nodes) == 1:
             return self.complete()
-        groups = [group for process in self.signed_on() for group in groups_of(process.actor)]
-        return any(group.state == PlacementGroupTableData.CREATED for group in groups)
+        return bool(placement_group_table(self._group()).get("state") == "CREATED")
 
     def leaving(self) -> Callable[[], bool]:
         """A function that returns whether a node of the job drains. It asks Ray's head at most
@@ -91,19 +114,24 @@ class JobProcesses:
             for key in _internal_kv_list(f"{self.job}/", namespace=NAMESPACE)
         ]
         return [
-            Process(role, node, int(pid), float(started), actor)  # type: ignore[arg-type]
-            for _, role, node, pid, started, actor in signed
+            Process(role, node, int(pid), float(started))  # type: ignore[arg-type]
+            for _, role, node, pid, started in signed
         ]
 
+    def free(self) -> None:
+        """Free the reserved GPUs; processes that still run there end."""
+        if self.group:
+            remove_placement_group(self._group())
+
     def forget(self) -> None:
+        """Free what a job that has ended leaves behind."""
+        self.free()
         _internal_kv_del(f"{self.job}/", del_by_prefix=True, namespace=NAMESPACE)
 
     def end(self) -> None:
         """Kill the processes on their machines and free their resources, without waiting."""
         for process in self.signed_on():
             kill.options(scheduling_strategy=at(process.node)).remote(process)
-            # Here too: that machine may be gone, while its group holds other machines' GPUs.
-            remove_groups_of(process.actor)
         self.forget()
 
 
@@ -118,26 +146,6 @@ def at(node: str) -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
-def groups_of(actor: str) -> list[Any]:
-    """Ray's rows for the existing placement groups of an actor; none when `actor` is empty."""
-    rows = (
-        ray._private.state.state._connect_and_get_accessor().get_placement_group_table()
-        if actor
-        else []
-    )
-    groups = [PlacementGroupTableData.FromString(row) for row in rows]
-    return [
-        group
-        for group in groups
-        if group.creator_actor_id.hex() == actor and group.state != PlacementGroupTableData.REMOVED
-    ]
-
-
-def remove_groups_of(actor: str) -> None:
-    for group in groups_of(actor):
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
-
-
 @ray.remote(max_retries=0, num_cpus=0)  # type: ignore[untyped-decorator]
 def kill(process: Process) -> None:
     # The start time is compared because the system may have reused the process id.
@@ -146,4 +154,3 @@ def kill(process: Process) -> None:
         and psutil.Process(process.pid).create_time() == process.started
     ):
         os.kill(process.pid, signal.SIGKILL)
-    remove_groups_of(process.actor)  # it may have made a group after `end` removed the first

@@ -1,4 +1,4 @@
-"""The Ray executor. One-GPU batches run as Ray tasks, gangs through Ray Train, on a local cluster
+"""The Ray executor. One-GPU batches run as Ray tasks, gangs as Ray actors, on a local cluster
 or on one by address.
 
 Invariant: a batch runs on exactly the hosts of its placement. If one of them is gone, or drains
@@ -37,7 +37,12 @@ from ebbline.cluster.executors.executor import (
 )
 from ebbline.cluster.executors.job_processes import JobProcesses, at, own_gpu_type
 from ebbline.cluster.executors.ray_hosts import RayHosts
-from ebbline.cluster.executors.this_machine import only_visible, visible_gpus
+from ebbline.cluster.executors.this_machine import (
+    VISIBLE,
+    only_visible,
+    patched_environment,
+    visible_gpus,
+)
 from ebbline.tasks.errors import ClusterLost, Leaving, StudyError
 from ebbline.tasks.stage import Report, Request
 
@@ -59,21 +64,24 @@ class RayExecutor(Executor):
     """
 
     def __init__(self, address: str = "local", logical_gpus: int = 2) -> None:
-        # By default Ray Train and Ray Data report usage and poll a dashboard.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
         local: dict[str, Any] = (
             {"include_dashboard": False, "num_cpus": 2 * logical_gpus + 2}
             if address == "local"
             else {}
         )
         own = visible_gpus() if address == "local" else {}
+        inherited: dict[str, str] = {}
         if address == "local":
             local["num_gpus"] = len(own) or logical_gpus
+            # The processes that Ray starts with a cluster then serve the first stages. For other
+            # variables it would start more, beside those.
+            if VISIBLE not in os.environ:
+                inherited = _variables(_threads(bool(own), local["num_gpus"]))
         # Ray puts the driver's folder first on its workers' import path. That folder may contain
         # a module `tasks` or `datasets` of the user, so Ray starts in /.
         visible = only_visible(own) if address == "local" else contextlib.nullcontext()
-        with contextlib.chdir("/"), visible:
+        with contextlib.chdir("/"), visible, patched_environment(inherited):
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
         context = ray.get_runtime_context()
         self._hosts = RayHosts(context.gcs_address)
@@ -90,24 +98,12 @@ class RayExecutor(Executor):
             )
         )
         self.device = "cuda" if real else "cpu"
-        # When a node drains, Ray Train would wait and restart on it; the runner uses another host.
-        variables = {
-            "TOKENIZERS_PARALLELISM": "false",
-            "RAY_TRAIN_V2_ENABLED": "1",
-            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-        }
-        # Each logical GPU has a fixed share of the cores, so that concurrent stages do not change
-        # a stage's numbers.
-        self.threads = None if real else max(1, (os.cpu_count() or 1) // max(1, gpus))
-        if not real:
-            variables |= {
-                "DS_ACCELERATOR": "cpu",
-                "OMP_NUM_THREADS": str(self.threads),
-                "CUDA_VISIBLE_DEVICES": "",
-                # Else Ray would set the variable again, to the number of the logical GPU.
-                "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-            }
-        self._environment = {"env_vars": variables}
+        self.threads = _threads(real, gpus)
+        self._options: dict[str, Any] = (
+            {}
+            if inherited
+            else {"runtime_env": {"env_vars": {**_variables(self.threads), **_hidden(real)}}}
+        )
         if gpus == 0 and not self._grows:
             ray.shutdown()
             raise StudyError(
@@ -135,9 +131,9 @@ class RayExecutor(Executor):
                 Finished(job, (), Loss(f"{gone} went before the batch could start there", "place"))
             )
             return job
-        processes = JobProcesses(
+        processes = JobProcesses.reserve(
             f"{self._driver}-{number}",
-            tuple(str(ids[name]) for name, gpus in hosts.items() for _ in range(max(1, gpus))),
+            [str(ids[name]) for name, gpus in hosts.items() for _ in range(max(1, gpus))],
         )
         # Ray ends the process after each GPU task, to free GPU memory. A logical GPU has none, and
         # a warm process saves seconds of imports per batch.
@@ -150,7 +146,7 @@ class RayExecutor(Executor):
         )
         options: dict[str, Any] = {"num_gpus": 1} if needs.gpus == 1 else {}
         reference = task.options(
-            scheduling_strategy=at(processes.nodes[0]), runtime_env=self._environment, **options
+            scheduling_strategy=at(processes.nodes[0]), **self._options, **options
         ).remote(list(batch), processes)
         self._jobs[reference] = (job, processes)
         return job
@@ -160,17 +156,6 @@ class RayExecutor(Executor):
             return
         self._hosts.wait_for_head()
         requested = bundles(queue)
-        for job, _ in self._jobs.values():
-            running = next(
-                (
-                    bundle
-                    for bundle in requested
-                    if job.gpus > 1 and bundle[0].get("GPU") == job.gpus
-                ),
-                None,
-            )
-            if running is not None:
-                requested.remove(running)  # Ray Train itself requests its gangs' resources
         resources = [resource for resource, _ in requested]
         labels = [selector for _, selector in requested]
         _coordinator().request_resources.remote(
@@ -287,10 +272,35 @@ class RayExecutor(Executor):
                 return Finished(job, (), Loss(f"{lost_host} is gone", "place"))
         lost = (
             None
-            if len(reports) == len(job.keys)
+            if {report.key for report in reports} >= set(job.keys)
             else Loss("a member of the gang ended without reporting")
         )
         return Finished(job, reports, lost)
+
+
+def _threads(real: bool, gpus: int) -> int | None:
+    """The threads of a stage: each logical GPU has a fixed share of the cores, so that concurrent
+    stages do not change a stage's numbers.
+    """
+    return None if real else max(1, (os.cpu_count() or 1) // max(1, gpus))
+
+
+def _variables(threads: int | None) -> dict[str, str]:
+    """The environment of the workers. `threads` is None with real GPUs."""
+    variables = {"TOKENIZERS_PARALLELISM": "false"}
+    if threads is not None:
+        variables |= {
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": str(threads),
+            # Else Ray would set CUDA_VISIBLE_DEVICES to the number of the logical GPU.
+            "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+        }
+    return variables
+
+
+def _hidden(real: bool) -> dict[str, str]:
+    """Hides the real GPUs of a machine whose GPUs are logical. Ray itself must not see this."""
+    return {} if real else {VISIBLE: ""}
 
 
 def _blame(cause: BaseException, job: Job) -> Literal["stage", "place", "memory"]:
@@ -349,9 +359,7 @@ def _gpu_batch(requests: list[Request], processes: JobProcesses) -> tuple[Report
 
 @ray.remote(max_retries=0, num_cpus=0)  # type: ignore[untyped-decorator]
 def _gang(requests: list[Request], processes: JobProcesses) -> tuple[Report, ...]:
-    from ebbline.cluster.executors.gang import (
-        run_gang,  # ray.train imports torch, which a driver does not need
-    )
+    from ebbline.cluster.executors.gang import run_gang
 
     processes.sign_on("task")
     return run_gang(requests, processes)

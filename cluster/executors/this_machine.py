@@ -121,3 +121,18 @@ def only_visible(gpus: Mapping[str, str]) -> Iterator[None]:
     finally:
         if before is not None:
             os.environ[VISIBLE] = before
+
+
+@contextmanager
+def patched_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables inside a `with`."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -72,6 +72,8 @@ class Running:
     duration.
 
     `signal` is (key of the current stage, its progress). `signal_at` is when that last changed.
+    `follow_ups` maps the lineages of its follow-ups to their attempts. `keys` has the job's stages
+    in order, and a follow-up as soon as its key is known.
     """
 
     job: Job
@@ -79,3 +81,8 @@ class Running:
     seconds: float
     signal: tuple[str, Mapping[str, Any]]
     signal_at: float
+    follow_ups: Mapping[str, str] = field(default_factory=dict)
+    keys: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keys = list(self.job.keys)

@@ -6,13 +6,16 @@ equal keys run once. A stage whose inputs have the same content as before is fou
 Invariant: all lasting state is in the store. After a kill another runner continues without cleanup.
 """
 
+import math
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ebbline.cluster.executors.executor import Capacity, Executor, Finished, Loss, Needs
 from ebbline.cluster.profile import Profile
+from ebbline.cluster.running.follow_ups import FollowUps
+from ebbline.cluster.running.let_go import LetGo
 from ebbline.cluster.running.nodes import Failure, Node, Running, Setup, State
 from ebbline.cluster.running.starter import Starter
 from ebbline.cluster.running.timing import Timing
@@ -34,10 +37,13 @@ from ebbline.tasks.errors import (
     StoreError,
 )
 from ebbline.tasks.identity import digest
-from ebbline.tasks.stage import Part, Report, Stage, key_payload, stage_of
+from ebbline.tasks.stage import Part, Report, Stage, closure, key_payload, stage_of
 from ebbline.tasks.training.micro_batch import halvings
 
 __all__ = ["Failure", "Node", "Runner"]
+# How often records of running batches are looked for: less often for many batches, and so seldom
+# that the driver, whose turn grows with its study, works a fifth of the time at most.
+LOOK_S, JOBS_A_LOOK, TURNS_A_LOOK = 0.02, 8, 4
 INVALID_INPUT = (DataError.__name__, ModelError.__name__)
 # These errors stop the run: they are not the stage's fault, and a failed point stays failed.
 STOPS_THE_RUN: Mapping[str, type[EbblineError]] = {
@@ -65,12 +71,15 @@ class Runner:
         self.counts: dict[str, Counter[str]] = {}  # kind -> `Node.counts_as` -> number of nodes
         # By lineage; it may contain nodes that were settled since the last call of `unsettled`.
         self._unsettled: dict[str, Node] = {}
+        self._due: dict[Node, None] = {}  # new ones, and those below what has just settled
         self.running: dict[str, Running] = {}
         self.draining = False
         self._by_key: dict[str, list[Node]] = {}
+        self._let_go = LetGo()
         self._reruns: set[str] = set()  # keys with a record, run again for their dropped files
         self._store_errors = Counter[str]()  # key -> number of StoreErrors
         self._hangs_checked_at = self._store_checked_at = float("-inf")
+        self._waited_until = time.monotonic()
         self._setup = Setup(
             store,
             executor,
@@ -82,6 +91,7 @@ class Runner:
         )
         self.timing = Timing(self._setup)
         self._starter = Starter(self._setup, self.timing, self.artifact)
+        self._follow_ups = FollowUps(store, self.running, self.nodes)
 
     def add(self, targets: Iterable[Stage]) -> None:
         """Add stages and all their upstream stages. Stages that were added before are skipped."""
@@ -97,28 +107,86 @@ class Runner:
         node = self.nodes.get(stage.lineage)
         if node is None:
             node = self.nodes[stage.lineage] = self._unsettled[stage.lineage] = Node(stage)
-            self.counts.setdefault(stage.kind, Counter())[node.counts_as] += 1
+            counts = self.counts.setdefault(stage.kind, Counter())
+            counts[node.counts_as] += 1
+            before = self._let_go.take(stage.lineage)
+            if before is not None:
+                reused = self._let_go.reused(before)
+                counts["reused" if reused else "done"] -= 1
+                self._take_back(node, before, reused)
             for above in {above.lineage: above for above in stage.upstream()}.values():
                 self._add(above, new).downstream.append(node)
             new.append(node)
         return node
 
+    def _take_back(self, node: Node, key: str, reused: bool) -> None:
+        """Settle the new node of a stage that was let go, unless its artifact was removed since."""
+        artifact = self.store.find(node.stage.kind, key)
+        if artifact is not None:
+            node.key = key
+            self._by_key.setdefault(key, []).append(node)
+            self._done([node], artifact, reused)
+
+    def let_go(self, needed: Iterable[Stage]) -> list[str]:
+        """Let go of the done stages that neither `needed` nor open stages read from, directly or
+        not. Returns their lineages.
+        """
+        at_work = [key for item in self.running.values() for key in item.keys]
+        nodes = [*self.unsettled(), *(node for key in at_work for node in self._by_key[key])]
+        kept = {stage.lineage for stage in closure([*needed, *(node.stage for node in nodes)])}
+        gone = {
+            lineage: node
+            for lineage, node in self.nodes.items()
+            if node.state == "done" and lineage not in kept
+        }
+        for lineage, node in gone.items():
+            self._let_go.add(node)
+            del self.nodes[lineage]
+            self._by_key[node.key].remove(node)
+            if not self._by_key[node.key]:
+                del self._by_key[node.key]
+        for node in self.nodes.values():
+            node.downstream = [each for each in node.downstream if each.stage.lineage not in gone]
+        self.estimates.forget(gone)
+        return list(gone)
+
     def _move(self, node: Node, state: State, reused: bool | None = None) -> None:
         """Change a node's state, and `reused` unless None; update `counts`."""
         counts = self.counts[node.stage.kind]
         counts[node.counts_as] -= 1
-        node.state, node.reused = state, node.reused if reused is None else reused
+        before, node.state = node.state, state
+        node.reused = node.reused if reused is None else reused
         counts[node.counts_as] += 1
+        if "ready" in (before, state):
+            self._starter.ready.state_changed(node)
+        if state in ("done", "failed"):
+            self._due |= dict.fromkeys(node.downstream)
 
     def artifact(self, stage: Stage) -> Artifact | None:
         node = self.nodes.get(stage.lineage)
-        return node.artifact if node else None
+        if node is not None:
+            return node.artifact
+        key = self._let_go.key(stage.lineage)
+        return None if key is None else self.store.find(stage.kind, key)
 
     def failure(self, stage: Stage) -> Failure | None:
-        return self.nodes[stage.lineage].failure
+        node = self.nodes.get(stage.lineage)
+        return node.failure if node else None
 
     def settled(self, stage: Stage) -> bool:
-        return self.nodes[stage.lineage].state in ("done", "failed")
+        """Whether an added stage is done or failed."""
+        node = self.nodes.get(stage.lineage)
+        return stage.lineage in self._let_go if node is None else node.state in ("done", "failed")
+
+    def knows(self, stage: Stage) -> bool:
+        """Whether a stage was added."""
+        return stage.lineage in self.nodes or stage.lineage in self._let_go
+
+    def done(self) -> dict[str, bool]:
+        """The key of each done stage, and whether its artifact existed before this run."""
+        found = dict(self._let_go.keys())
+        nodes = (node for node in self.nodes.values() if node.state == "done")
+        return found | {node.key: node.reused for node in nodes}
 
     def unsettled(self) -> list[Node]:
         """The nodes that are neither done nor failed: few, while `nodes` has all of a study's."""
@@ -139,7 +207,7 @@ class Runner:
     @property
     def idle(self) -> bool:
         """True when nothing runs and nothing can start."""
-        return not self.running and not any(node.state == "ready" for node in self.unsettled())
+        return not self.running and not self._starter.ready.nodes
 
     def open_seconds(self, stage: Stage) -> float | None:
         """The seconds that a budget counts for the rest of a stage. None if it is settled or was
@@ -151,14 +219,18 @@ class Runner:
 
     @property
     def unaffordable(self) -> set[str]:
-        """The keys of ready stages that the meter rejected at the last start."""
-        return self._starter.unaffordable
+        """The keys of ready stages that the meter rejected, until a job ends."""
+        return set(self._starter.ready.unaffordable)
 
     @property
     def starved(self) -> bool:
         """True when nothing runs and the meter rejects all ready stages."""
-        ready = {node.key for node in self.unsettled() if node.state == "ready"}
-        return not self.running and bool(ready) and ready <= self.unaffordable
+        ready = self._starter.ready
+        return (
+            not self.running
+            and bool(ready.nodes)
+            and ready.nodes.keys() <= ready.unaffordable.keys()
+        )
 
     @property
     def capacity(self) -> Capacity | None:
@@ -181,11 +253,33 @@ class Runner:
             started()
         if not self.running:
             time.sleep(min(timeout_s, 0.05))  # without jobs the wait below returns at once
-        for finished in self.executor.finished(timeout_s):
+        for finished in self._finished(timeout_s):
             self._end_job(finished)
         self._record_committed()
         self._cancel_hung_jobs()
         self._update_states()
+
+    def _finished(self, timeout_s: float) -> Sequence[Finished]:
+        """The jobs that ended. Returns as soon as the current stage of a batch has a record: stages
+        after it may start, and the batch may run for long.
+        """
+        batches = [item for item in self.running.values() if len(item.keys) > 1 or item.follow_ups]
+        if not batches or self.timing.look_every_s > 0:
+            return self.executor.finished(timeout_s)
+        turn_s = max(0.0, time.monotonic() - self._waited_until)  # of the driver's other work
+        every_s = max(LOOK_S, LOOK_S * len(batches) / JOBS_A_LOOK, TURNS_A_LOOK * turn_s)
+        finished: Sequence[Finished] = ()
+        for _ in range(max(1, math.ceil(timeout_s / every_s))):
+            finished = self.executor.finished(min(timeout_s, every_s))
+            if finished or any(map(self._has_committed, batches)):
+                break
+        self._waited_until = time.monotonic()
+        return finished
+
+    def _has_committed(self, item: Running) -> bool:
+        """Whether the current stage of a job has a record."""
+        at = next((key for key in item.keys if self._by_key[key][0].state == "running"), None)
+        return at is not None and self.store.find(self._by_key[at][0].stage.kind, at) is not None
 
     def remaining_s(self) -> float:
         """The expected seconds until all added stages are done: the longest chain, or all work
@@ -193,69 +287,74 @@ class Runner:
         """
         return self.timing.remaining_s(self.unsettled())
 
-    def _update_states(self, nodes: Iterable[Node] | None = None) -> None:
+    def _update_states(self, new: Iterable[Node] = ()) -> None:
         """Move waiting stages to ready, to done if the store has them, or to failed if an upstream
         stage failed.
 
-        Only `nodes` are checked; default: all unsettled nodes.
+        Only `new` nodes are checked, and those below a node that has settled since the last call.
         """
-        candidates = dict.fromkeys(self.unsettled() if nodes is None else nodes)
-        changed = True
-        while changed:
-            changed = False
-            for node in [node for node in candidates if node.state == "waiting"]:
-                broken = next(
-                    (a for a in node.stage.upstream() if self.nodes[a.lineage].state == "failed"),
-                    None,
-                )
-                if broken is not None:
-                    above = self.nodes[broken.lineage].failure or Failure("")
-                    reason = (
-                        above.reason
-                        if above.inherited
-                        else f"needs {broken.kind}, which failed: {above.reason}"
-                    )
-                    node.failure = Failure(
-                        reason,
-                        above.command,
-                        inherited=True,
-                        invalid_input=above.invalid_input,
-                    )
-                    self._move(node, "failed")
-                    changed = True
-                    continue
-                contents = contents_of(node.stage, self.artifact)
-                if contents is None:
-                    continue
-                node.key = digest(key_payload(node.stage.spec, contents))
-                same_key = self._by_key.setdefault(node.key, [])
-                if node not in same_key:
-                    same_key.append(node)
-                artifact = self._whole_artifact(node.stage.kind, node.key)
-                before = len(self._reruns)
-                if artifact is None and self._waits_for_reruns(node):
-                    rerun = {
-                        each.stage.lineage: each
-                        for key in self._reruns
-                        for each in self._by_key[key]
-                    }
-                    self._unsettled |= rerun
-                    candidates |= dict.fromkeys(rerun.values())
-                    changed = changed or len(self._reruns) > before
-                    continue
-                changed = True
-                if artifact is not None:
-                    self._done(
-                        [node],
-                        artifact,
-                        reused=all(each.reused for each in same_key[:-1]),
-                    )
-                else:
-                    first = next((each for each in same_key if each.state != "waiting"), None)
-                    self._move(node, "ready" if first is None else first.state)
-                    node.failure, node.attempt = (
-                        (None, node.attempt) if first is None else (first.failure, first.attempt)
-                    )
+        self._due |= dict.fromkeys(new)
+        while self._due:
+            # Follow-ups first: a stage with the same key, which is in no batch, then waits for them
+            due, self._due = dict.fromkeys([*self._follow_ups.waiting(), *self._due]), {}
+            for node in due:
+                if node.state == "waiting":
+                    self._update_state(node)
+
+    def _update_state(self, node: Node) -> None:
+        broken = next(
+            (a for a in node.stage.upstream() if self.nodes[a.lineage].state == "failed"),
+            None,
+        )
+        if broken is not None:
+            above = self.nodes[broken.lineage].failure or Failure("")
+            reason = (
+                above.reason
+                if above.inherited
+                else f"needs {broken.kind}, which failed: {above.reason}"
+            )
+            node.failure = Failure(
+                reason,
+                above.command,
+                inherited=True,
+                invalid_input=above.invalid_input,
+            )
+            self._move(node, "failed")
+            return
+        contents = contents_of(node.stage, self.artifact)
+        if contents is None:
+            return
+        node.key = digest(key_payload(node.stage.spec, contents))
+        same_key = self._by_key.setdefault(node.key, [])
+        if node not in same_key:
+            same_key.append(node)
+        artifact = self._whole_artifact(node.stage.kind, node.key)
+        attempt = self._follow_ups.attempt(node)
+        before = len(self._reruns)
+        if artifact is None and self._waits_for_reruns(node):
+            # This stage is checked again once its reruns are done
+            if len(self._reruns) > before:
+                rerun = [each for key in self._reruns for each in self._by_key[key]]
+                self._unsettled |= {each.stage.lineage: each for each in rerun}
+                self._due |= dict.fromkeys(rerun)
+        elif artifact is not None:
+            # A record of another attempt was in the store before
+            ran = attempt is not None and artifact.folder == attempt
+            if ran:
+                self._follow_ups.begin(node)
+                self.estimates.learn([artifact])
+            reused = self._let_go.reused(node.key) and all(each.reused for each in same_key[:-1])
+            self._done([node], artifact, reused and not ran)
+        elif attempt is not None and all(each.state == "waiting" for each in same_key):
+            self._follow_ups.begin(node)
+            self._move(node, "running")
+            node.attempt = attempt
+        else:
+            first = next((each for each in same_key if each.state != "waiting"), None)
+            self._move(node, "ready" if first is None else first.state)
+            node.failure, node.attempt = (
+                (None, node.attempt) if first is None else (first.failure, first.attempt)
+            )
 
     def _whole_artifact(self, kind: str, key: str) -> Artifact | None:
         """The artifact of a key; None while a rerun restores its dropped files."""
@@ -295,22 +394,22 @@ class Runner:
 
     def _start(self) -> bool:
         """Start what fits. Returns whether anything has started."""
-        ready = {node.key: node for node in self.unsettled() if node.state == "ready"}
-        if not ready:
+        if not self._starter.ready.nodes:
             return False
-        running = [
-            (self._setup.needs_of(node.stage), self.timing.seconds(node))
-            for node in self.unsettled()
-            if node.state == "running"
-        ]
-        attempts = self._starter.start(
-            ready, self.running, self.timing.paths(self.unsettled()), running
-        )
+        attempts = self._starter.start(self.running, self._running_needs())
         for key, attempt in attempts.items():
             for node in self._by_key[key]:
                 node.attempt = attempt
                 self._move(node, "running")
         return bool(attempts)
+
+    def _running_needs(self) -> Iterator[tuple[Needs, float]]:
+        """(needs, expected seconds) of the running stages."""
+        for item in self.running.values():
+            for key in item.job.keys:
+                node = self._by_key[key][0]
+                if node.state == "running":
+                    yield self._setup.needs_of(node.stage), self.timing.seconds(node)
 
     def _record_committed(self) -> None:
         """Mark running stages as done whose record is in the store; their job may still run."""
@@ -318,7 +417,13 @@ class Runner:
         if now - self._store_checked_at < self.timing.look_every_s:
             return
         self._store_checked_at = now
-        for key in dict.fromkeys(node.key for node in self.unsettled() if node.state == "running"):
+        self._record_running(
+            dict.fromkeys(node.key for node in self.unsettled() if node.state == "running")
+        )
+
+    def _record_running(self, keys: Iterable[str]) -> None:
+        """Mark the stages of these keys as done whose record is in the store."""
+        for key in keys:
             nodes = self._by_key[key]
             artifact = self._whole_artifact(nodes[0].stage.kind, key)
             if artifact is not None:
@@ -334,7 +439,7 @@ class Runner:
             return
         self._hangs_checked_at = now
         for item in list(self.running.values()):
-            at = next((key for key in item.job.keys if self._by_key[key][0].state == "running"), "")
+            at = next((key for key in item.keys if self._by_key[key][0].state == "running"), "")
             signal = (at, self.timing.last_progress(self._by_key[at][0]) if at else {})
             silent_s = now - item.signal_at
             if signal != item.signal or not self.executor.begun(item.job):
@@ -345,11 +450,17 @@ class Runner:
                 self._end_job(Finished(item.job, (), loss))
 
     def _end_job(self, finished: Finished) -> None:
-        item = self.running.pop(finished.job.id, None)
+        item = self.running.get(finished.job.id)
         if item is None:
             return  # cancelled before; its stages are ready or run in another job
+        if item.follow_ups:  # before their reports are read, their keys must be known
+            self._record_running(item.keys)
+            self._update_states()
+        del self.running[finished.job.id]
         now = time.monotonic()
         self._starter.ended(finished, now - item.started)
+        for key in item.keys:
+            self.timing.forget(self._by_key[key][0])
         reports = {report.key: report for report in finished.reports}
         # Only the current stage of a lost batch is charged, not the stages after it.
         charged = any(report.error for report in finished.reports)
@@ -367,7 +478,7 @@ class Runner:
                 key: report for key, report in reports.items() if report not in without_store
             }
             charged, loss = False, Loss(str(without_store[0].error), "place")
-        for key in finished.job.keys:
+        for key in item.keys:
             nodes = self._by_key[key]
             artifact = self._whole_artifact(nodes[0].stage.kind, key)
             report = reports.get(key)

@@ -6,23 +6,34 @@ budget cannot pay.
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ebbline.cluster.executors.executor import Capacity, Finished, Host, Needs
 from ebbline.cluster.executors.starts import WarmProcesses
 from ebbline.cluster.running.nodes import Node, Running, Setup
+from ebbline.cluster.running.ready_nodes import ReadyNodes
 from ebbline.cluster.running.timing import Timing
 from ebbline.cluster.schedule.costs import GpuTypes, gpu_types
 from ebbline.cluster.schedule.estimates import load_record
 from ebbline.cluster.schedule.needs import resident
 from ebbline.cluster.schedule.packing import Packing, Shares
-from ebbline.cluster.schedule.scheduler import Busy, Placement, ReadyStage, impossible, place
-from ebbline.cluster.store.artifacts import Artifact
-from ebbline.cluster.store.resolver import contents_of
+from ebbline.cluster.schedule.scheduler import (
+    SHORTEST_BATCH_S,
+    Busy,
+    Placement,
+    ReadyStage,
+    impossible,
+)
+from ebbline.cluster.store.artifacts import Artifact, new_attempt
+from ebbline.cluster.store.resolver import content_of, contents_of
 from ebbline.cluster.store.sources import location_for_workers
 from ebbline.cluster.store.workplace import request_out
 from ebbline.tasks.errors import ClusterLost, StudyError
-from ebbline.tasks.stage import Input, Part, Request, Source, Stage, stage_of
+from ebbline.tasks.kinds import kind_named
+from ebbline.tasks.stage import FollowUp, Input, Part, Request, Source, Stage, stage_of
+
+STARTS_A_BATCH = 10
 
 
 class Starter:
@@ -32,7 +43,7 @@ class Starter:
         self, setup: Setup, timing: Timing, artifact: Callable[[Stage], Artifact | None]
     ) -> None:
         self._setup, self._timing, self._artifact = setup, timing, artifact
-        self.unaffordable: set[str] = set()  # keys that the meter rejected at the last start
+        self.ready = ReadyNodes(timing, setup.retry_policy, self._ready_stage)
         self.hosts: dict[str, Host] = {}  # all hosts since the start of the run
         self.capacity: Capacity | None = None  # at the last start; None before the first
         self.stuck_since: float | None = None
@@ -40,88 +51,77 @@ class Starter:
         self._running: dict[str, Running] = {}
         self._packing = Packing(setup.profile, artifact)
         self._cached: dict[str, set[str]] = {}
-        self._ready_since: dict[str, float] = {}
+        self._types: frozenset[str | None] = frozenset()  # of the cluster's GPUs
         self._warm = WarmProcesses()
         # Job -> its category of overhead (ebbline.cluster.executors.starts)
         self._starting: dict[str, tuple[str | None, int, bool]] = {}
 
     def start(
-        self,
-        ready: Mapping[str, Node],
-        running: dict[str, Running],
-        paths: Mapping[str, float],
-        running_needs: Sequence[tuple[Needs, float]],
+        self, running: dict[str, Running], running_needs: Iterable[tuple[Needs, float]]
     ) -> dict[str, Path]:
-        """Start stages of `ready` (key -> node) and add their jobs to `running`. Returns the
-        attempt of each started stage.
+        """Start stages that are ready and add their jobs to `running`. Returns the attempt of each
+        started stage.
 
-        `paths` maps lineages to seconds of the longest chain. `running_needs` has (needs, expected
-        seconds) of running stages. Raises StudyError for a stage that no host can run, ClusterLost
-        when its hosts have been absent for `hang_after_s`.
+        `running_needs` has (needs, expected seconds) of running stages; it is read if the cluster
+        can grow. Raises StudyError for a stage that no host can run, ClusterLost when its hosts
+        have been absent for `hang_after_s`.
         """
         self._running, now = running, time.monotonic()
         capacity = self.capacity = self._setup.executor.capacity()
         self._setup.estimates.learn_gpu_type(capacity)
-        types = frozenset(host.gpu_type for host in capacity.hosts)
-        stages = [
-            ReadyStage(
-                key,
-                self._setup.needs_of(node.stage),
-                resident(node.stage),
-                self._timing.seconds(node),
-                paths[node.stage.lineage],
-                self._setup.retry_policy.shun(key),
-                now - self._ready_since.setdefault(key, now),
-                *self._pack(node, types),
+        self._types = frozenset(host.gpu_type for host in capacity.hosts)
+        self.ready.update(now)
+        if capacity.grows:
+            self._setup.executor.expect(
+                [(stage.needs, stage.seconds) for stage in self.ready.all()] + list(running_needs)
             )
-            for key, node in ready.items()
-        ]
-        self._setup.executor.expect(
-            [(stage.needs, stage.seconds) for stage in stages] + list(running_needs)
-        )
-        self._check_possible(stages, ready, capacity, now)
-        startable = {
-            stage.key: stage
-            for stage in stages
-            if self._setup.retry_policy.may_start(stage.key, now)
-        }
+        self._check_possible(capacity, now)
         attempts: dict[str, Path] = {}
-        self.unaffordable = set()
-        rejected = -1
+        rejected = True
         # A rejected stage leaves its hosts free, so the rest is placed again.
-        while rejected < len(self.unaffordable):
-            rejected = len(self.unaffordable)
-            for placement in self._places(startable.values(), capacity, now):
-                if startable.keys() >= set(placement.keys):
-                    started = self._start_batch(placement, ready, capacity, now)
+        while rejected:
+            rejected = False
+            for placement in self._places(capacity, now):
+                if all(key in self.ready.queue for key in placement.keys):
+                    started = self._start_batch(placement, self.ready.nodes, capacity, now)
                     attempts |= started
                     for key in started:
-                        del startable[key]
+                        self.ready.queue.remove(key)
                     for key in placement.keys[len(started) : len(started) + 1]:
-                        self._reject(startable, startable[key])
+                        self.ready.reject(self.ready.queue[key])
+                        rejected = True
         return attempts
 
-    def _reject(self, startable: dict[str, ReadyStage], dear: ReadyStage) -> None:
-        """Remove a stage that the meter rejected, and all stages with the same needs that take as
-        long or longer.
-        """
-        for stage in [
-            stage
-            for stage in startable.values()
-            if stage.needs == dear.needs and stage.seconds >= dear.seconds
-        ]:
-            self.unaffordable.add(stage.key)
-            del startable[stage.key]
+    def _ready_stage(self, node: Node, path_s: float, since: float) -> ReadyStage:
+        return ReadyStage(
+            node.key,
+            self._setup.needs_of(node.stage),
+            resident(node.stage),
+            self._timing.seconds(node),
+            path_s,
+            self._setup.retry_policy.shun(node.key),
+            -since,  # at the monotonic clock's time 0
+            *self._pack(node, self._types),
+        )
 
-    def _places(
-        self, stages: Iterable[ReadyStage], capacity: Capacity, now: float
-    ) -> list[Placement]:
+    def _places(self, capacity: Capacity, now: float) -> list[Placement]:
         busy = [
             Busy(item.job.hosts, max(1.0, item.seconds - (now - item.started)))
             for item in self._running.values()
         ]
-        cached = {host: frozenset(names) for host, names in self._cached.items()}
-        return place(list(stages), busy, self._setup.retry_policy.in_service(capacity), cached)
+        in_service = self._setup.retry_policy.in_service(capacity)
+        return self.ready.queue.place(busy, in_service, self._cached, now, self._shortest_batch_s())
+
+    def _shortest_batch_s(self) -> float:
+        """A batch takes at least STARTS_A_BATCH times as long as a start; so idle workers share
+        short stages where a start is cheap.
+        """
+        if not self._setup.executor.own_processes:
+            return SHORTEST_BATCH_S
+        estimates = self._setup.estimates
+        return min(
+            SHORTEST_BATCH_S, STARTS_A_BATCH * estimates.starts.seconds(estimates.gpu_type, 1)
+        )
 
     def _start_batch(
         self, placement: Placement, ready: Mapping[str, Node], capacity: Capacity, now: float
@@ -145,32 +145,65 @@ class Starter:
             return {}
         attempts = {key: self._setup.store.begin(ready[key].stage.kind, key) for key in keys}
         memory_gb = self._memory_gb(gpus)
-        batch = []
+        batch, follow_ups = [], dict[str, str]()
         for key in keys:
             name, shares = self._pack(ready[key], frozenset(gpus))
             share = max((shares[gpu] for gpu in gpus), default=1.0) if name else 1.0
-            batch.append(
-                self._request(
-                    ready[key],
-                    attempts[key],
-                    placement.needs.gpus,
-                    memory_gb,
-                    name if share < 1 else "",
-                    share,
-                )
+            after = self._follow_ups(ready[key]) if placement.needs.gpus <= 1 else {}
+            follow_ups |= {lineage: each.attempt for lineage, each in after.items()}
+            request = self._request(
+                ready[key],
+                attempts[key],
+                placement.needs.gpus,
+                memory_gb,
+                name if share < 1 else "",
+                share,
             )
+            batch.append(replace(request, follow_ups=tuple(after.values())))
         job = self._setup.executor.submit(batch, placement.needs, placement.hosts)
         seconds = start_s + sum(self._timing.seconds(ready[key]) for key in keys)
         self._warm.start(job.id, placement.hosts)
         self._starting[job.id] = starting
-        self._running[job.id] = Running(job, now, seconds, (keys[0], {}), now)
+        self._running[job.id] = Running(job, now, seconds, (keys[0], {}), now, follow_ups)
         budgeted_s = start_s + sum(self._timing.budgeted_s(ready[key]) for key in keys)
         self._setup.meter.started(job, gpus, budgeted_s)
         for host in placement.hosts:
             self._cached.setdefault(host, set()).add(resident(ready[keys[0]].stage))
-        for key in keys:
-            del self._ready_since[key]
         return attempts
+
+    def _follow_ups(self, node: Node) -> dict[str, FollowUp]:
+        """Lineage -> the stages that can run right after this one in its batch: all that they read
+        beside its output is done.
+        """
+        return {
+            below.stage.lineage: follow_up
+            for below in node.downstream
+            if kind_named(below.stage.kind).follows_its_input
+            and below.state == "waiting"
+            and self._setup.needs_of(below.stage) == Needs(0)
+            and (follow_up := self._follow_up(below.stage, node.stage)) is not None
+        }
+
+    def _follow_up(self, stage: Stage, after: Stage) -> FollowUp | None:
+        reads, inputs, contents = dict[str, str](), dict[str, str](), dict[str, str]()
+        for name, item in stage.inputs.items():
+            above = stage_of(item)
+            if above is not None and above.lineage == after.lineage:
+                reads[name] = item.path if isinstance(item, Part) else ""
+                continue
+            content = content_of(item, self._artifact)
+            if content is None:
+                return None
+            inputs[name], contents[name] = self._location(item), content
+        return FollowUp(
+            kind=stage.kind,
+            spec=stage.spec.model_dump(mode="json"),
+            reads=reads,
+            inputs=inputs,
+            contents=contents,
+            attempt=new_attempt(),
+            load=load_record(self._setup.estimates.load(stage)),
+        )
 
     def _pack(self, node: Node, types: frozenset[str | None]) -> tuple[str, Shares]:
         """(name of its pack, its share of a GPU by type); an empty name if it runs alone."""
@@ -183,15 +216,16 @@ class Starter:
         stages are done.
         """
         self._warm.end(finished.job.id)
+        self.ready.reconsider()
         starting = self._starting.pop(finished.job.id, None)
-        done = [report for report in finished.reports if report.error is None]
+        done = {report.key: report for report in finished.reports if report.error is None}
         if (
             starting is not None
             and self._setup.executor.own_processes
-            and len(done) == len(finished.job.keys)
+            and done.keys() >= set(finished.job.keys)
         ):
             self._setup.estimates.starts.learn(
-                *starting, held_s - sum(report.seconds for report in done)
+                *starting, held_s - sum(report.seconds for report in done.values())
             )
 
     def _affordable(self, batch: Sequence[Node], gpus: GpuTypes, start_s: float) -> list[str]:
@@ -205,36 +239,33 @@ class Starter:
             keys.append(node.key)
         return keys
 
-    def _check_possible(
-        self,
-        stages: Iterable[ReadyStage],
-        ready: Mapping[str, Node],
-        capacity: Capacity,
-        now: float,
-    ) -> None:
+    def _check_possible(self, capacity: Capacity, now: float) -> None:
         """Raise StudyError for a stage that no host can run, ClusterLost when its hosts have been
         absent for `hang_after_s`.
         """
         self.hosts |= {host.name: host for host in capacity.hosts}
         ever = Capacity(tuple(self.hosts.values()))
         staying = Capacity(tuple(host for host in capacity.hosts if not host.draining))
-        stuck = [stage for stage in stages if impossible(stage, staying)]
+        stuck = [stage for stage in self.ready.one_of_each_need() if impossible(stage, staying)]
         if not stuck or self._running:
             self.stuck_since = None
         for stage in stuck:
             reason = impossible(stage, ever)
             if reason and not capacity.grows:
-                raise StudyError(f"{ready[stage.key].stage.kind} {stage.key[:12]}: {reason}")
+                raise StudyError(f"{self._kind(stage)} {stage.key[:12]}: {reason}")
             if self._running:
                 continue
             self.stuck_since = self.stuck_since or now
             if now - self.stuck_since > self._setup.profile.hang_after_s:
                 raise ClusterLost(
-                    f"no host for {ready[stage.key].stage.kind} {stage.key[:12]} "
+                    f"no host for {self._kind(stage)} {stage.key[:12]} "
                     f"({stage.gpus} GPUs) appeared within"
                     f" {self._setup.profile.hang_after_s:.0f} s; start one, then run the same "
                     "command to continue"
                 )
+
+    def _kind(self, stage: ReadyStage) -> str:
+        return self.ready.nodes[stage.key].stage.kind
 
     def _memory_gb(self, gpus: GpuTypes) -> float | None:
         """The smallest known memory among these GPU types; None if the profile has none."""

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 from ebbline.cluster.running.nodes import Node, Setup
 from ebbline.tasks.progress import PROGRESS, StageProgress
 
-# How often the progress and the record of a running stage are read, by `in a bucket`.
+# How often the record of a running stage is looked for, and its progress read, by `in a bucket`.
 LOOK_EVERY_S = {True: 5.0, False: 0.0}
+READ_EVERY_S = {True: 5.0, False: 0.2}
 
 
 class Timing:
@@ -33,11 +34,16 @@ class Timing:
         if node.attempt is None:
             return {}
         read_at, progress = self._progress.get(node.attempt, (-math.inf, {}))
-        if time.monotonic() - read_at >= self.look_every_s:
+        if time.monotonic() - read_at >= READ_EVERY_S[self._setup.store.cache is not None]:
             with suppress(ValueError):  # the file is being replaced; the next call reads it
                 progress = json.loads(self._setup.store.log(node.attempt, PROGRESS) or b"{}")
             self._progress[node.attempt] = (time.monotonic(), progress)
         return progress
+
+    def forget(self, node: Node) -> None:
+        """Forget the progress of an attempt that has ended."""
+        if node.attempt is not None:
+            self._progress.pop(node.attempt, None)
 
     def progress_of(self, node: Node) -> StageProgress | None:
         """The progress of a running stage; None before its first report."""
@@ -67,9 +73,13 @@ class Timing:
         left_s = self._own_seconds(node)
         return self.seconds(node) if left_s is None else elapsed_s + left_s
 
-    def paths(self, nodes: Iterable[Node]) -> Mapping[str, float]:
-        """Lineage -> seconds of the longest chain of open stages that starts there."""
-        paths: dict[str, float] = {}
+    def paths(
+        self, nodes: Iterable[Node], known: dict[str, float] | None = None
+    ) -> dict[str, float]:
+        """Lineage -> seconds of the longest chain of open stages that starts there. It has the
+        downstream stages too; those in `known` are not computed again, and new ones are added.
+        """
+        paths = {} if known is None else known
 
         def path(node: Node) -> float:
             lineage = node.stage.lineage

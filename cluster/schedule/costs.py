@@ -17,7 +17,7 @@ from ebbline.cluster.profile import Profile
 GpuTypes = Mapping[str | None, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Cost:
     """GPU-seconds by GPU type. Stages without a GPU are free: a GPU's price includes its host."""
 
@@ -60,7 +60,11 @@ class Cost:
 
 
 def total(costs: Iterable[Cost]) -> Cost:
-    return sum(costs, Cost())
+    gpu_s: dict[str | None, float] = {}
+    for cost in costs:
+        for name, seconds in cost.gpu_s.items():
+            gpu_s[name] = gpu_s.get(name, 0.0) + seconds
+    return Cost(gpu_s)
 
 
 def cost_of(provenance: Mapping[str, Any]) -> Cost:

@@ -2,13 +2,15 @@
 
 A record has the measured seconds of a stage, its GPUs and its counted work. The prediction for a
 stage is its counted seconds (ebbline.cluster.schedule.counted_work) times a factor: measured over
-counted seconds, in the narrowest category that has measurements.
+counted seconds, in the narrowest category that has measurements. During a run it is also multiplied
+by the run's pace (ebbline.cluster.schedule.pace).
 """
 
+import copy
 import itertools
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +20,7 @@ from ebbline.cluster.executors.starts import StartCosts, Starts
 from ebbline.cluster.schedule.costs import named_type
 from ebbline.cluster.schedule.counted_work import load_of, machine_of, seconds_on
 from ebbline.cluster.schedule.needs import default_needs
+from ebbline.cluster.schedule.pace import Pace
 from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.kinds import STAGE_KINDS, kind_named
@@ -33,10 +36,11 @@ Category = tuple[Any, ...]
 
 
 class Estimates:
-    """Predicted seconds of stages, and of the starts of jobs. `learn` adds measurements.
+    """Predicted seconds of stages, and of the starts of jobs. `learn` adds measurements of a run.
 
     `gpu_type` is the expected GPU type of stages whose labels name none. `start_costs` are the
-    executor's.
+    executor's. The store is read at the first use, because a finished study needs no prediction;
+    then `and_starts` learns the starts of jobs.
     """
 
     def __init__(
@@ -44,10 +48,14 @@ class Estimates:
         store: Store,
         gpu_type: str | None = None,
         start_costs: StartCosts = DEFAULT_EXECUTOR.start_costs,
+        and_starts: Callable[["Estimates"], None] = lambda estimates: None,
     ) -> None:
         self.gpu_type = gpu_type
-        self.starts = Starts(start_costs)
-        self.seconds_by_key: dict[str, float] = {}  # measured, of the records read
+        self._store, self._and_starts = store, and_starts
+        self._is_read = False
+        self._starts = Starts(start_costs)
+        self.seconds_by_key: dict[str, float] = {}  # measured, of the records of earlier runs
+        self._learnt: set[bytes] = set()  # keys
         # Category -> counted seconds -> measured over counted seconds
         self._factors: dict[Category, dict[float, deque[float]]] = defaultdict(dict)
         # Measured seconds of records without counted work
@@ -56,10 +64,32 @@ class Estimates:
         )
         self._loads: dict[str, Load] = {}
         self._guessed: dict[str, bool] = {}
-        self._predictions: dict[tuple[str, int, str | None], float] = {}
+        # Equal categories and counted work mean equal predictions: (these, by number), and by
+        # lineage and (GPUs, their type) the number of a stage
+        self._alike: list[tuple[tuple[Category, ...], float]] = []
+        self._numbers: dict[tuple[tuple[Category, ...], float], int] = {}
+        self._number_of: dict[str, dict[tuple[int, str | None], int]] = defaultdict(dict)
+        self._predictions: dict[int, float] = {}  # by number, until the next measurement
         self._adapters: list[str] = []  # contents of defended adapters
-        for kind in STAGE_KINDS:
-            self.learn(itertools.islice(store.all(kind), READ))
+        # The factors of earlier runs alone, with which a run's pace is compared
+        self._earlier: Mapping[Category, Mapping[float, deque[float]]] = {}
+        self._paces: dict[Category, Pace] = defaultdict(Pace)
+
+    def _read(self) -> None:
+        if not self._is_read:
+            self._is_read = True
+            for kind in STAGE_KINDS:
+                for artifact in itertools.islice(self._store.all(kind), READ):
+                    self.seconds_by_key[artifact.key] = _measured_s(artifact)
+                    self._learn(artifact)
+            self._earlier = copy.deepcopy(self._factors)
+            self._and_starts(self)
+
+    @property
+    def starts(self) -> Starts:
+        """The overheads of starting jobs."""
+        self._read()
+        return self._starts
 
     def learn_gpu_type(self, capacity: Capacity) -> None:
         """Use the cluster's most common GPU type for stages whose labels name none."""
@@ -73,35 +103,51 @@ class Estimates:
 
     def learn(self, artifacts: Iterable[Artifact]) -> None:
         """Add the measurements of records. A record that is given twice counts once."""
+        self._read()
         for artifact in artifacts:
-            if artifact.key in self.seconds_by_key:
-                continue
-            provenance = artifact.provenance
-            seconds, gpus, gpu_type = (
-                float(provenance.get("seconds", 0.0)),
-                int(provenance.get("gpus", 0)),
-                provenance.get("gpu_type"),
-            )
-            self.seconds_by_key[artifact.key] = seconds
-            if artifact.kind == DEFENCE.makes.KIND:
-                self._adapters.append(artifact.content)
-            categories = _categories(artifact.kind, artifact.hashed["spec"], gpus, gpu_type)
-            if "load" not in provenance:
-                for category in categories:
-                    self._uncounted[category].append(seconds)
-            else:
-                counted = _counted(Load(**provenance["load"]), gpus, gpu_type)
-                for category in categories:
-                    self._factors[category].setdefault(
-                        _rounded(counted), deque(maxlen=REMEMBERED)
-                    ).append(seconds / counted)
-            self._predictions.clear()
+            self._learn(artifact)
+
+    def _learn(self, artifact: Artifact) -> None:
+        key = bytes.fromhex(artifact.key)
+        if key in self._learnt:
+            return
+        self._learnt.add(key)
+        provenance, seconds = artifact.provenance, _measured_s(artifact)
+        gpus, gpu_type = int(provenance.get("gpus", 0)), provenance.get("gpu_type")
+        if artifact.kind == DEFENCE.makes.KIND:
+            self._adapters.append(artifact.content)
+        categories = _categories(artifact.kind, artifact.hashed["spec"], gpus, gpu_type)
+        if "load" not in provenance:
+            for category in categories:
+                self._uncounted[category].append(seconds)
+        else:
+            counted = _counted(Load(**provenance["load"]), gpus, gpu_type)
+            *own, machine = categories
+            predicted_by = next((each for each in own if each in self._earlier), None)
+            if predicted_by is not None:
+                usual_s = counted * _interpolated(self._earlier[predicted_by], counted)
+                self._paces[machine].learn(usual_s, seconds)
+            factor = seconds / counted / self._paces[machine].factor
+            for category in categories:
+                self._factors[category].setdefault(
+                    _rounded(counted), deque(maxlen=REMEMBERED)
+                ).append(factor)
+        self._predictions.clear()
+
+    @property
+    def pace(self) -> float:
+        """How long this run's stages take, relative to earlier runs: of the type of machine that
+        ran most of them. 1 before there are enough.
+        """
+        most = max(self._paces.values(), key=lambda pace: pace.stages, default=None)
+        return 1.0 if most is None else most.factor
 
     @property
     def distinct_adapters(self) -> float:
         """The share of distinct contents among the defended adapters; 1 if there are fewer than
         ENOUGH.
         """
+        self._read()
         return (
             len(set(self._adapters)) / len(self._adapters) if len(self._adapters) >= ENOUGH else 1.0
         )
@@ -114,12 +160,22 @@ class Estimates:
 
     def seconds(self, stage: Stage, needs: Needs | None = None) -> float:
         """The predicted seconds of a stage. `needs` default to those of its kind."""
+        self._read()
         gpus = (default_needs(stage) if needs is None else needs).gpus
         gpu_type = (None if needs is None else named_type(needs)) or self.gpu_type
-        place = stage.lineage, gpus, gpu_type
-        if place not in self._predictions:
-            self._predictions[place] = self._seconds(stage, gpus, gpu_type)
-        return self._predictions[place]
+        numbers = self._number_of[stage.lineage]
+        number = numbers.get((gpus, gpu_type))
+        if number is None:
+            number = numbers[gpus, gpu_type] = self._number(stage, gpus, gpu_type)
+        if number not in self._predictions:
+            self._predictions[number] = self._seconds(*self._alike[number])
+        return self._predictions[number]
+
+    def forget(self, lineages: Iterable[str]) -> None:
+        """Forget what was counted for stages that are not predicted any more."""
+        for lineage in lineages:
+            for kept in (self._loads, self._guessed, self._number_of):
+                kept.pop(lineage, None)
 
     def budgeted(self, stage: Stage, needs: Needs) -> float:
         """The seconds that a budget counts before a stage starts: the predicted ones, or none while
@@ -131,6 +187,7 @@ class Estimates:
         """Whether the model's size is a guess, and no stage of this kind with about the same
         counted work was measured.
         """
+        self._read()
         if stage.lineage not in self._guessed:
             self._guessed[stage.lineage] = bool(guessed_models([stage]))
         if not self._guessed[stage.lineage]:
@@ -146,22 +203,35 @@ class Estimates:
 
     def measured(self, stage: Stage, needs: Needs) -> bool:
         """Whether the store has a measurement of the stage's kind."""
+        self._read()
         gpu_type = named_type(needs) or self.gpu_type
         *own, _ = _categories(stage.kind, vars(stage.spec), needs.gpus, gpu_type)
         return any(category in self._factors or category in self._uncounted for category in own)
 
-    def _seconds(self, stage: Stage, gpus: int, gpu_type: str | None) -> float:
+    def _number(self, stage: Stage, gpus: int, gpu_type: str | None) -> int:
         counted = _counted(self.load(stage), gpus, gpu_type)
-        *own, machine = _categories(stage.kind, vars(stage.spec), gpus, gpu_type)
+        alike = tuple(_categories(stage.kind, vars(stage.spec), gpus, gpu_type)), counted
+        if alike not in self._numbers:
+            self._numbers[alike] = len(self._alike)
+            self._alike.append(alike)
+        return self._numbers[alike]
+
+    def _seconds(self, categories: Sequence[Category], counted: float) -> float:
+        *own, machine = categories
+        pace = self._paces[machine].factor if machine in self._paces else 1.0
         for category in own:
             if category in self._factors:
-                return counted * _interpolated(self._factors[category], counted)
+                return counted * pace * _interpolated(self._factors[category], counted)
         for category in own:
             if category in self._uncounted:
                 return _mean(self._uncounted[category])
-        return counted * (
-            _interpolated(self._factors[machine], counted) if machine in self._factors else 1.0
-        )
+        if machine in self._factors:
+            return counted * pace * _interpolated(self._factors[machine], counted)
+        return counted
+
+
+def _measured_s(artifact: Artifact) -> float:
+    return float(artifact.provenance.get("seconds", 0.0))
 
 
 def load_record(load: Load) -> dict[str, float]:

@@ -12,8 +12,8 @@ from typing import Any
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.cluster.store.resolver import contents_of
-from ebbline.cluster.store.sources import HUB
 from ebbline.tasks.errors import EbblineError
+from ebbline.tasks.headers.hub import HUB
 from ebbline.tasks.models.memory import most_packed, predictable
 from ebbline.tasks.specs import TrainSpec
 from ebbline.tasks.stage import Input, Part, Source, Stage, stage_of

@@ -10,18 +10,20 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from ebbline.cluster.executors.executor import Capacity, Executor, Finished, Job, Needs
 from ebbline.cluster.executors.starts import WarmProcesses
-from ebbline.cluster.schedule.scheduler import Busy, Placement, ReadyStage, place
+from ebbline.cluster.schedule.scheduler import Busy, Placement, ReadyQueue, ReadyStage
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.stage import Report, Request
 
 # (needs, host -> GPUs, whether the process is new) -> seconds
 StartS = Callable[[Needs, Mapping[str, int], bool], float]
 Choose = Callable[
-    [Sequence[ReadyStage], Sequence[Busy], Capacity, Mapping[str, frozenset[str]]], list[Placement]
+    [Sequence[ReadyStage], Sequence[Busy], Capacity, Mapping[str, AbstractSet[str]]],
+    list[Placement],
 ]
 
 
@@ -69,7 +71,7 @@ class Span:
 @dataclass(frozen=True)
 class Decision:
     """One call of the scheduler: the number of ready stages, of started batches, and its CPU
-    seconds.
+    seconds, with those of putting new stages into its queue.
     """
 
     at_s: float
@@ -182,12 +184,12 @@ class SimulatedExecutor(Executor):
 def simulate(
     steps: Iterable[Step],
     capacity: Capacity,
-    choose: Choose = place,
+    choose: Choose | None = None,
     start_s: StartS | None = None,
     groups: StepGroups | None = None,
 ) -> Trace:
-    """Run a whole graph on the virtual clock. `choose` gets ready stages in the order in which they
-    became ready.
+    """Run a whole graph on the virtual clock, with ebbline's queue, or by `choose`. That gets ready
+    stages in the order in which they became ready.
 
     Hosts cache every model that they have used. `start_s` gives the seconds to start a job (default
     0). `groups` are requested over time, other steps at once. Raises StudyError if a step reads
@@ -202,18 +204,21 @@ def simulate(
     missing = {key: len(step.after) for key, step in by_key.items()}
     ready_at: dict[str, float] = {}
     ready: dict[str, ReadyStage] = {}
-    cached: dict[str, frozenset[str]] = {}
+    ready_gpus = 0
+    queue = ReadyQueue()
+    cached: dict[str, set[str]] = {}
     expected_ends: dict[str, tuple[Mapping[str, int], float]] = {}
     stage_starts: dict[str, float] = {}
     arrived = [key for key in admission.at_once if missing[key] == 0]
     while True:
+        queued_s = time.thread_time()
         held = sum(sum(job.hosts.values()) for job in executor.running.values())
         while True:
             for key in arrived:
                 step, ready_at[key] = by_key[key], executor.now_s
                 # Ageing only compares stages, so `waited_s` may be relative to any one moment.
                 # Relative to time 0 it is constant, and this object can be reused.
-                ready[key] = ReadyStage(
+                stage = ready[key] = ReadyStage(
                     key,
                     step.needs,
                     step.resident,
@@ -221,7 +226,10 @@ def simulate(
                     paths[key],
                     waited_s=-executor.now_s,
                 )
-            admitted = admission.admit(held + sum(stage.gpus for stage in ready.values()))
+                ready_gpus += stage.gpus
+                if choose is None:
+                    queue.put(stage)
+            admitted = admission.admit(held + ready_gpus)
             if admitted is None:
                 break
             arrived = [key for key in admitted if missing[key] == 0]
@@ -230,12 +238,13 @@ def simulate(
                 Busy(hosts, max(1.0, end_s - executor.now_s))
                 for hosts, end_s in expected_ends.values()
             ]
-            stages = list(ready.values())
-            before = time.thread_time()
-            placements = choose(stages, busy, capacity, cached)
-            trace.decisions.append(
-                Decision(executor.now_s, len(stages), len(placements), time.thread_time() - before)
-            )
+            count = len(ready)
+            if choose is None:
+                placements = queue.place(busy, capacity, cached, executor.now_s)
+            else:
+                placements = choose(list(ready.values()), busy, capacity, cached)
+            took_s = time.thread_time() - queued_s
+            trace.decisions.append(Decision(executor.now_s, count, len(placements), took_s))
             for placement in placements:
                 starting_s = (
                     start_s(placement.needs, placement.hosts, warm.would_be_new(placement.hosts))
@@ -248,11 +257,10 @@ def simulate(
                 expected_s = starting_s + sum(by_key[key].expected_s for key in placement.keys)
                 expected_ends[job.id] = (placement.hosts, executor.now_s + expected_s)
                 for host in placement.hosts:
-                    cached[host] = cached.get(host, frozenset()) | {
-                        by_key[placement.keys[0]].resident
-                    }
+                    cached.setdefault(host, set()).add(by_key[placement.keys[0]].resident)
                 for key in placement.keys:
-                    del ready[key]
+                    ready_gpus -= ready.pop(key).gpus
+                    queue.remove(key)
         ended = executor.advance()
         if not ended:
             trace.never = tuple(key for key in by_key if key not in admission.done)

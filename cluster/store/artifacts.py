@@ -169,9 +169,11 @@ class Store:
                 if artifact is not None
             )
 
-    def begin(self, kind: str, key: str) -> Path:
-        """Create a new folder for one attempt on this machine, with empty `payload` and `log`."""
-        folder = self.root / kind / key / uuid.uuid4().hex[:12]
+    def begin(self, kind: str, key: str, attempt: str = "") -> Path:
+        """Create a new folder for one attempt on this machine, with empty `payload` and `log`. Its
+        name is `attempt`, by default a new one.
+        """
+        folder = self.root / kind / key / (attempt or new_attempt())
         if self.cache is not None:
             self.cache.folder(self.root.name)
         try:
@@ -381,6 +383,11 @@ class Store:
 
     def _name(self, artifact: Artifact, file: str) -> str:
         return f"{artifact.folder.relative_to(self.root).as_posix()}/payload/{file}"
+
+
+def new_attempt() -> str:
+    """The name of a new attempt's folder."""
+    return uuid.uuid4().hex[:12]
 
 
 def _checksum(record: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.tasks.identity import digest
-from ebbline.tasks.stage import Part, Source, Stage, key_payload, stage_of
+from ebbline.tasks.stage import Input, Part, Source, Stage, key_payload
 
 
 def contents_of(
@@ -13,14 +13,21 @@ def contents_of(
     """Input -> content digest; None while an input is not done."""
     contents: dict[str, str] = {}
     for name, item in stage.inputs.items():
-        if isinstance(item, Source):
-            contents[name] = item.content
-            continue
-        found = artifact(stage_of(item) or stage)
-        if found is None:
+        content = content_of(item, artifact)
+        if content is None:
             return None
-        contents[name] = found.content_of(item.path) if isinstance(item, Part) else found.content
+        contents[name] = content
     return contents
+
+
+def content_of(item: Input, artifact: Callable[[Stage], Artifact | None]) -> str | None:
+    """The content digest of an input; None while it is not done."""
+    if isinstance(item, Source):
+        return item.content
+    found = artifact(item.stage if isinstance(item, Part) else item)
+    if found is None:
+        return None
+    return found.content_of(item.path) if isinstance(item, Part) else found.content
 
 
 class Resolver:

@@ -14,10 +14,10 @@ from pathlib import Path
 from ebbline.cluster.store.artifacts import Store
 from ebbline.cluster.store.cache import MEND
 from ebbline.tasks.errors import PinError, StoreError, UnstableValue
+from ebbline.tasks.headers.hub import HUB
 from ebbline.tasks.identity import digest_files, file_digest, folder_files
 from ebbline.tasks.stage import Source
 
-HUB = "hub:"
 SOURCES = "sources"
 _log = logging.getLogger(__name__)
 

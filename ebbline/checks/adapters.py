@@ -130,8 +130,8 @@ def fault(fit: Fit) -> str:
     """What is wrong with an adapter on its model; empty if nothing is."""
     # They import torch
     from ebbline.tasks.models.adapter_file import plain_lora, read_adapter_file
-    from ebbline.tasks.models.adapters import fitted
     from ebbline.tasks.models.brought.adopt import require_tokenizer
+    from ebbline.tasks.models.brought.fitted import fitted
     from ebbline.tasks.models.weights import Checkpoint
 
     adapter, model = Path(fit.adapter), Path(fit.model)

@@ -52,7 +52,7 @@ from ebbline.tasks.measuring.metrics import read_metrics
 from ebbline.tasks.models.adapter_file import read_adapter_file
 from ebbline.tasks.models.brought.folder import other_base
 from ebbline.tasks.models.loading import Residents, load_tokenizer
-from ebbline.tasks.models.model_folder import require_model_folder
+from ebbline.tasks.models.weights import require_model_folder
 from ebbline.tasks.scoring.phrases import SCORERS
 from ebbline.tasks.specs import DEFAULT_CHAT, Chat, GenerateSpec, TokenizerOf
 from ebbline.tasks.stage import Context, Source, Stage, spec_payload

@@ -33,14 +33,13 @@ from ebbline.tasks.defences.subspace import Bases
 from ebbline.tasks.defences.words import range_phrase
 from ebbline.tasks.errors import ModelError, ProjectionError
 from ebbline.tasks.headers.files import adapters_in
+from ebbline.tasks.headers.hub import local_path
 from ebbline.tasks.models.adapter_file import Adapter, plain_lora, read_adapter_file
-from ebbline.tasks.models.adapters import fitted
-from ebbline.tasks.models.loading import local_path
-from ebbline.tasks.models.model_folder import require_model_folder
-from ebbline.tasks.models.weights import Checkpoint, opened
+from ebbline.tasks.models.brought.fitted import fitted
+from ebbline.tasks.models.weights import Checkpoint, opened, require_model_folder
 
 RECORD = "safe_lora.json"
-_CHECKPOINT = re.compile(r"checkpoint-\d+")  # of the Trainer: the same adapter, earlier
+TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")  # of the Trainer: the same adapter, earlier
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
 
@@ -86,8 +85,8 @@ def project(
     """
     adapters = [adapters] if isinstance(adapters, str | Path) else adapters
     rules = each_checked(str(base), str(aligned), threshold, modules, projector, energy)
-    _require_device(device)
-    destination = _destination(Path(out))
+    require_device(device)
+    destination = new_destination(Path(out))
     if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
         raise ProjectionError(
             f"{cache} is a file; the cache of the exact projector's bases is a folder"
@@ -108,7 +107,7 @@ def project(
         require_model_folder(model.folder)
     loaded = [fitted(file, source.aligned) for file in files]
     try:
-        with _scratch(destination) as scratch:
+        with scratch_beside(destination) as scratch:
             spool, fresh = scratch / "spool", scratch / "out"
             spool.mkdir()
             rows, spooled = _measured(loaded, source, spool, progress, device)
@@ -128,7 +127,7 @@ def project(
 
 
 @contextmanager
-def _scratch(destination: Path) -> Iterator[Path]:
+def scratch_beside(destination: Path) -> Iterator[Path]:
     """A temporary folder beside `destination`. Removes the folders of killed runs on this machine
     first.
     """
@@ -152,7 +151,7 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _destination(out: Path) -> Path:
+def new_destination(out: Path) -> Path:
     """The output folder, which must be new or empty. Raises ProjectionError otherwise, before any
     work.
     """
@@ -169,7 +168,7 @@ def _destination(out: Path) -> Path:
     return destination
 
 
-def _require_device(device: str) -> None:
+def require_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (
@@ -271,7 +270,9 @@ def _written(
 
 def _notes(adapter: Adapter, rows: Mapping[str, ModuleRow]) -> list[str]:
     notes = []
-    others = [name for name in adapters_in(adapter.folder) if not _CHECKPOINT.fullmatch(name)]
+    others = [
+        name for name in adapters_in(adapter.folder) if not TRAINER_CHECKPOINT.fullmatch(name)
+    ]
     if others:
         notes.append(
             f"{adapter.folder} has other adapters in subfolders; they were not projected: "

@@ -7,13 +7,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from ebbline.analysis.report.attempts import MOST, Attempts
 from ebbline.analysis.report.report import rows_for_scripts
+from ebbline.analysis.report.second_process import second_process
 from ebbline.analysis.results.collect import StoredEvidence, baselines, collect
 from ebbline.analysis.results.costs import cost_label, prediction_label
 from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
@@ -45,7 +46,6 @@ from ebbline.sweeps.study.study_file import source_of
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tables import table_width
 
-MIRROR_WAIT_S = 20.0
 SCREEN, MIRROR_LOG = "the progress display", "log/mirror.log"
 OUTCOMES = {
     0: "done",
@@ -182,7 +182,8 @@ def _run(
     print(f"{study.study}: {study.question}\n")
     for line in reuse_of_changes(view):
         print(line)
-    with Interrupts(screen.notice, resume) as interrupts:
+    with ExitStack() as stack:
+        interrupts = stack.enter_context(Interrupts(screen.notice, resume))
         with screen:
             progress = drive(
                 view,
@@ -193,6 +194,7 @@ def _run(
                 kind,
                 retry,
             )
+        second = stack.enter_context(second_process())
         print(_summary(progress, time.monotonic() - started))
         if (
             progress.prediction is not None
@@ -204,7 +206,7 @@ def _run(
                 or ""
             )
         results = collect(view)
-        outputs = write_outputs(view, results, attempts)
+        outputs = write_outputs(view, results, attempts, second)
         table = (
             attempts.make(
                 "the table of the frontier",
@@ -229,12 +231,12 @@ def _run(
         for line in [*without_result(results), retry_hint(results, view.name)]:
             if line:
                 print(line)
-        ends = [_mirrored(process, folder / MIRROR_LOG, attempts) for process in mirrored]
+        ends = [_let_go(process, folder / MIRROR_LOG, attempts) for process in mirrored]
         shown = all(ends)
     if not shown:
         print(
-            f"W&B does not have everything yet; `ebbline sync {view.name}` continues (see "
-            f"{folder / MIRROR_LOG})"
+            "W&B does not have everything yet. Its mirror goes on by itself: `ebbline sync "
+            f"{view.name}` waits for it and says what is left (see {folder / MIRROR_LOG})"
         )
     print_outputs(outputs, attempts=attempts)
     ended = FAILED_POINTS if any(r.status in NO_RESULT for r in results) else 0
@@ -294,18 +296,18 @@ def _took(view: StudyView, progress: Progress) -> str:
     return prediction_label(progress.prediction, spent, view.home.profile)
 
 
-def _mirrored(process: "subprocess.Popen[bytes]", log: Path, attempts: Attempts) -> bool:
-    """Let the mirror show the rest; whether it showed everything. One that ends with an error,
-    unlike one that needs more time, is an output that could not be made.
+def _let_go(process: "subprocess.Popen[bytes]", log: Path, attempts: Attempts) -> bool:
+    """Let the mirror show the rest without this process; whether it has shown everything. One that
+    has ended with an error is an output that could not be made.
     """
-    shown = mirror.stop(process, MIRROR_WAIT_S)
-    if not shown and process.returncode != -signal.SIGKILL:
+    ended = mirror.let_go(process)
+    if ended:
         lines = log.read_text("utf-8", "replace").split("\n") if log.is_file() else []
         last = next(
             (line.strip() for line in reversed(lines) if line.strip()), "no reason in its log"
         )
         attempts.failed["the W&B mirror"] = last[:MOST]
-    return shown
+    return ended == 0
 
 
 def _end(mirrored: "list[subprocess.Popen[bytes]]") -> None:
@@ -334,15 +336,13 @@ def _predicted(
 
 
 def _summary(progress: Progress, seconds: float) -> str:
-    nodes = {
-        node.key: node for node in progress.runner.nodes.values() if node.state == "done"
-    }.values()
-    ran = sum(not node.reused for node in nodes)
+    done = progress.runner.done()
+    ran = sum(not reused for reused in done.values())
     counts = Counter(result.status for result in progress.results)
     points = len(progress.results)
     line = (
         f"{points} point{'s' * (points != 1)} in this run, {ran} stage{'s' * (ran != 1)} run and "
-        f"{len(nodes) - ran} found in the store, {seconds:.0f} s"
+        f"{len(done) - ran} found in the store, {seconds:.0f} s"
     )
     spent = cost_label(progress.spending.spent().cost, progress.spending.profile)
     line += f", {spent} spent by all runs"

@@ -40,7 +40,13 @@ LOOK_EVERY_S = 1.0
 GIVE_UP_AFTER_S = 60.0  # how long a store that changes, or a database that is away, may fail
 SHOWN_EDITS = 10  # lines on what changed in the study file
 READ_SHARE = 0.1  # at most this share of the time goes into reading the points
-CLOCKS = {"at", "left_s", "spent", "taken"}  # a snapshot's fields that change without an event
+CLOCKS = {
+    "at",
+    "left_s",
+    "pace",
+    "spent",
+    "taken",
+}  # a snapshot's fields that change without an event
 
 
 def live_of(home: Home, study: str, holder: str | None) -> Live | None:

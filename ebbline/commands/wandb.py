@@ -18,6 +18,7 @@ from ebbline.analysis.wandb.memory import Memory
 from ebbline.analysis.wandb.push import Pushed, push
 from ebbline.analysis.wandb.runs import chosen_mode
 from ebbline.analysis.wandb.workspace import WorkspaceUrls, save_workspace
+from ebbline.sweeps.drive.live import read_live
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.files import write_whole
@@ -39,7 +40,10 @@ def sync_study(view: StudyView, at_once: int, as_json: bool) -> int:
             "WANDB_MODE=disabled, so nothing is mirrored; unset it and run the same command",
             1,
         )
-    with mirror.alone(folder) as free:
+    live = read_live(folder)
+    driven = live is not None and live.ended is None
+    # The mirror of the last run may still show its rest
+    with mirror.alone(folder, 0.0 if driven else MIRROR_WAIT_S) as free:
         pass
     shown = (
         mirror.stop(

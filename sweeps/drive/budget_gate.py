@@ -64,14 +64,14 @@ class BudgetGate:
             stage for name, stage in stages.items() if (StageName.parse(name).block or 0) == 0
         ]
         left = {stage.lineage: self._left_s(stage, resolver) for stage in closure(requested)}
-        new = [stage for stage in closure(requested) if stage.lineage not in self._runner.nodes]
+        new = [stage for stage in closure(requested) if not self._runner.knows(stage)]
         starts = self._starts(stage for stage in new if left[stage.lineage] > 0.0)
         return total(self._cost(stage, left[stage.lineage]) for stage in new) + starts, _longest(
             requested, left
         )
 
     def _left_s(self, stage: Stage, resolver: Resolver) -> float:
-        if stage.lineage in self._runner.nodes:
+        if self._runner.knows(stage):
             return self._runner.open_seconds(stage) or 0.0
         return (
             0.0

@@ -137,6 +137,7 @@ class Live(_Snapshot):
 
     `spent` is the total of all drives of the study. `spent_by_drive` is the part of this drive, to
     compare with `predicted`. `left_s` is the expected time in seconds of all that is in flight.
+    `pace` is how long stages take, relative to earlier runs (ebbline.cluster.schedule.pace).
     `failures` are the latest ones of this drive, without the failures that they caused.
     """
 
@@ -152,6 +153,7 @@ class Live(_Snapshot):
     predicted: Expected | None
     spent_by_drive: SpentNow = SpentNow()
     left_s: float
+    pace: float = 1.0
     budget: Mapping[str, float]
     running: Sequence[AtWork]
     failures: Sequence[Failed]

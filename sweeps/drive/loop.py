@@ -8,7 +8,7 @@ store; existing outputs are reused. One driver at a time holds a study.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, ExecutorKind
 from ebbline.cluster.executors.executor import Executor
@@ -31,8 +31,9 @@ from ebbline.sweeps.search.warm_start import prior_results
 from ebbline.sweeps.state.in_flight import PointInFlight, has_room, queued_gpus, start_affordable
 from ebbline.sweeps.state.jobs import estimates_of
 from ebbline.sweeps.state.outcome import Duplicates, result_of
-from ebbline.sweeps.state.racing import Rivals
+from ebbline.sweeps.state.races.racing import Rivals
 from ebbline.sweeps.state.replicates import seeds_of
+from ebbline.sweeps.state.result_cache import ResultCache
 from ebbline.sweeps.state.spending import Stopped, require_prices, spending
 from ebbline.sweeps.state.stopping import Gains, rule_of, still_met
 from ebbline.sweeps.study.database import Hold
@@ -40,8 +41,9 @@ from ebbline.sweeps.study.points import INVALID, Point, Result
 from ebbline.sweeps.study.stages import of_seeds, stages_or_reason
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
-from ebbline.tasks.stage import Stage
 
+# The runner lets go of stages when it has this many, and this many times those that it kept
+LET_GO_AT, LET_GO_GROWTH = 1024, 2
 _log = logging.getLogger(__name__)
 
 
@@ -89,8 +91,12 @@ def drive(
                 progress = Progress(
                     study, graph, runner, spent, limit=limit(study), prediction=predict(executor)
                 )
+                cache = ResultCache(study, home.store, view.folder)
                 with mirrored(progress, view.folder, hold.driver) as live:
-                    return _Drive(progress, searcher, hold, watch, stop, live).run()
+                    try:
+                        return _Drive(progress, searcher, hold, watch, stop, live, cache).run()
+                    finally:
+                        cache.close()
             finally:
                 _close(executor)
 
@@ -106,8 +112,9 @@ def _close(executor: Executor) -> None:
 class _Drive:
     """One run of a study.
 
-    `reloading` are points completed in earlier runs whose results are read again from the store.
-    `further` has the points that get a further seed.
+    `cached` are results of earlier runs that still hold. `reloading` are the other points completed
+    in earlier runs: their results are read again from the store. `further` has the points that get
+    a further seed.
     """
 
     def __init__(
@@ -118,6 +125,7 @@ class _Drive:
         watch: Watcher,
         stop: Callable[[], bool],
         live: Writer,
+        cache: ResultCache,
     ) -> None:
         self.progress, self.searcher, self.hold, self.watch, self.stop, self.live = (
             progress,
@@ -127,6 +135,7 @@ class _Drive:
             stop,
             live,
         )
+        self.cache = cache
         self.study, self.graph, self.runner = progress.study, progress.graph, progress.runner
         self.in_turn = self.study.search.in_turn
         self.budget_gate = BudgetGate(self.graph, self.runner, progress.spending)
@@ -135,12 +144,14 @@ class _Drive:
         ]
         self.knowledge = Knowledge(self.graph, self.runner)
         self.in_flight: list[PointInFlight] = []
+        self.cached: dict[int, Result] = {}
         self.reloading: list[PointInFlight] = []
         self.further = FurtherSeeds(self.graph, searcher.gave_up())
         self.rivals, self.duplicates = Rivals(self.study), Duplicates(self.study)
         self.results: dict[int, Result] = {}  # by number, over all seeds so far
         self.unaffordable: PointInFlight | None = None
         self.exhausted = self.waiting = False
+        self.let_go_at = LET_GO_AT
         before = progress.spending.gain
         rule = rule_of(self.study)
         self.ended = still_met(self.study, before)
@@ -154,8 +165,11 @@ class _Drive:
         progress, runner = self.progress, self.runner
         runner.add(self.baselines)
         self.searcher.estimate(self.knowledge)
+        self.cached = self.cache.read_to_write(self.searcher.trials.entries)
         self.reloading = [
-            self._point_in_flight(number, point) for number, point in self.searcher.done()
+            self._point_in_flight(number, point)
+            for number, point in self.searcher.done()
+            if number not in self.cached
         ]
         for entry in self.reloading:
             entry.start(runner)
@@ -167,6 +181,7 @@ class _Drive:
             self._ask()
             progress.in_flight = list(self.in_flight)
             self._show()
+            self._let_go()
             self._check_baselines()
             if not runner.draining:
                 self._request_and_reload()
@@ -187,7 +202,7 @@ class _Drive:
                 break
             if (
                 self.waiting
-                and not (self.in_flight or self.reloading or self.further.in_flight)
+                and not (self.in_flight or self._reloads or self.further.in_flight)
                 and all(map(runner.settled, self.baselines))
             ):
                 raise RuntimeError("the search waits for a result, but no point is in flight")
@@ -203,6 +218,16 @@ class _Drive:
         progress.in_flight = list(self.in_flight)
         self._show()
         return progress
+
+    def _let_go(self) -> None:
+        """Let go of the stages of points that have ended, once they are half of all: looking for
+        them takes time.
+        """
+        if len(self.runner.nodes) >= self.let_go_at:
+            open_points = (*self.in_flight, *self.further.in_flight, *self.reloading)
+            needed = [stage for entry in open_points for stage in entry.requested]
+            self.graph.forget(self.runner.let_go([*self.baselines, *needed]))
+            self.let_go_at = max(LET_GO_AT, LET_GO_GROWTH * len(self.runner.nodes))
 
     def _show(self) -> None:
         self.live()
@@ -250,16 +275,31 @@ class _Drive:
             if not self.in_turn:
                 self._end_with_points()
             return False
-        if self.reloading and (self.study.search.stop is not None or self.searcher.constrained):
+        if self._reloads and (self.study.search.stop is not None or self.searcher.constrained):
             # search.stop and the constraints depend on results that are still being reloaded
             return False
         if self.in_turn:
             return len(self.in_flight) < self.study.search.effective_window
-        queued = queued_gpus(
-            self._open(), self.runner, lambda stage: self.graph.needs_of(stage).gpus
+        queued = (
+            0
+            if self._fills_window()
+            else queued_gpus(self.runner, lambda stage: self.graph.needs_of(stage).gpus)
         )
         return has_room(
             len(self.in_flight), self.study.search.window, queued, self.runner.executor.capacity
+        )
+
+    def _fills_window(self) -> bool:
+        """Whether points need not wait for free GPUs. A grid or a list learns nothing from results;
+        with a whole window in flight, the longest stages go first. Where the study may end before
+        its last point, the points in flight are few.
+        """
+        search, budget = self.study.search, self.study.budget
+        return (
+            self.study.sampler in ("grid", "list")
+            and search.window is not None
+            and search.stop is None
+            and not budget.model_dump(exclude_none=True)
         )
 
     def _out_of_points(self) -> bool:
@@ -276,11 +316,6 @@ class _Drive:
             message, "budget", points=self.progress.completed + len(self.in_flight)
         )
         self.progress.spending.stopped(self.ended)
-
-    def _open(self) -> Iterator[Stage]:
-        yield from self.baselines
-        for entry in (*self.in_flight, *self.further.in_flight, *self.reloading):
-            yield from entry.requested
 
     def _check_baselines(self) -> None:
         """Stop the run when a measurement that all points of a model need has failed.
@@ -303,9 +338,11 @@ class _Drive:
         as far as their artifacts are in the store.
         """
         for entry in list(self.reloading):
+            self._record_cached(before=entry.number)
             self._request_more(entry)
             if entry.settled(self.runner):
                 self.reloading.remove(entry)
+                self.cache.begin(entry.number, entry.stages.values(), self.runner)
                 result, failure = self._result(entry), entry.failure(self.runner)
                 lost = "" if result.status == "done" else entry.invalid
                 if failure is not None and result.status != "done":
@@ -316,11 +353,28 @@ class _Drive:
                     result = self._result(entry, lost)
                 if result.status == "done" and self.searcher.constrained:
                     self.searcher.amend(entry.number, result)
+                self.cache.add(self.searcher.trials.entries[entry.number], result)
                 self._record(result)
             elif self.in_turn:
                 return  # later points are compared with this one
+        self._record_cached(before=None)
         for entry in (*self.in_flight, *self.further.in_flight):
             self._request_more(entry)
+
+    @property
+    def _reloads(self) -> bool:
+        """Whether results of earlier runs are still to be recorded."""
+        return bool(self.cached or self.reloading)
+
+    def _record_cached(self, before: int | None) -> None:
+        """Record the cached results of the points before this one; None means of all points."""
+        for number in list(self.cached):
+            if before is not None and number > before:
+                return
+            result = self.cached.pop(number)
+            if self.searcher.constrained:
+                self.searcher.amend(number, result)
+            self._record(result)
 
     def _request_more(self, entry: PointInFlight) -> None:
         if self.rivals.compares and entry.may_request:
@@ -357,8 +411,10 @@ class _Drive:
         for entry in ended:
             self.hold.check()
             self.in_flight.remove(entry)
+            self.cache.begin(entry.number, entry.stages.values(), self.runner)
             result = self._ended(entry)
             self.searcher.tell(entry.number, result)
+            self.cache.add(self.searcher.trials.entries[entry.number], result)
             self._record(result)
             self.progress.results.append(result)
             self.progress.completed += 1
@@ -382,7 +438,7 @@ class _Drive:
         if result.status != "done":
             return
         self.gains.add(result)
-        message = "" if self.reloading or self.ended is not None else self.gains.met()
+        message = "" if self._reloads or self.ended is not None else self.gains.met()
         if message:
             self.ended = Stopped(message, "gain", rule_of(self.study), self.gains.points)
             self.progress.spending.stopped(self.ended)
@@ -401,7 +457,7 @@ class _Drive:
         for entry in self.further.remove_ended(self.runner):
             self._record_further(entry)
         over = self._over()
-        if self.study.replicates.policy == "all" or self.reloading or (self.in_turn and not over):
+        if self.study.replicates.policy == "all" or self._reloads or (self.in_turn and not over):
             return
         if not over and not self.further.is_due(len(self.results)):
             return
@@ -441,7 +497,7 @@ class _Drive:
     def _finished(self) -> bool:
         return (
             self._over()
-            and not (self.reloading or self.further.in_flight)
+            and not (self._reloads or self.further.in_flight)
             and all(map(self.runner.settled, self.baselines))
         )
 

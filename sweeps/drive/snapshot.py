@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,12 @@ class _Followed:
     """A running job: its stages that have not ended, in order, and when the first one started."""
 
     item: Running
-    keys: list[str]
     since: float
+    ended: set[str] = field(default_factory=set)
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for key in self.item.keys if key not in self.ended]
 
 
 class Writer:
@@ -112,9 +116,7 @@ class Writer:
         now = time.time()
         for name, item in self._runner.running.items():
             if name not in self._followed:
-                self._followed[name] = _Followed(
-                    item, list(item.job.keys), now - (time.monotonic() - item.started)
-                )
+                self._followed[name] = _Followed(item, now - (time.monotonic() - item.started))
         ended = [line for name in list(self._followed) for line in self._follow(name, now)]
         self._append(ended)
         invalid = {entry.number: entry for entry in self._progress.in_flight if entry.invalid}
@@ -150,7 +152,7 @@ class Writer:
                     "done" if states[key] == "done" else "failed",
                 )
             )
-            job.keys.remove(key)
+            job.ended.add(key)
             job.since = found[-1].ended
             failure = self._node(key).failure
             if failure is not None:
@@ -245,6 +247,7 @@ class Writer:
             ),
             predicted=expected,
             left_s=runner.remaining_s() if ended is None and hosts else 0.0,
+            pace=runner.estimates.pace,
             budget=progress.study.budget.model_dump(exclude_none=True),
             running=list(self._at_work()) if ended is None else [],
             failures=list(self._failures),

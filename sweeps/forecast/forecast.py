@@ -22,7 +22,7 @@ from ebbline.sweeps.forecast.expected import Points, expected_points
 from ebbline.sweeps.search.masks import duplicates
 from ebbline.sweeps.state.in_flight import GPUS_QUEUED_PER_GPU, IN_FLIGHT_PER_GPU, LEAST_IN_FLIGHT
 from ebbline.sweeps.state.jobs import estimates_of
-from ebbline.sweeps.state.racing import races
+from ebbline.sweeps.state.races.racing import races
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.state.stopping import still_met
 from ebbline.sweeps.state.todo import MODELS, Missing, Todo, TodoProgress, todo

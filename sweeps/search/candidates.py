@@ -1,5 +1,6 @@
 """The candidates of a stage-aware search: new adapters, and further masks of proposed adapters."""
 
+import heapq
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from ebbline.tasks.identity import digest
 
 LISTED = 4096  # a space with more adapters is not listed; candidates are drawn from it
 OPEN, OPTIONS = 16, 10  # adapters considered for further masks, and masks of each
-NEW = 24  # new adapters considered
+NEW = 96  # new adapters considered
 GUESSES = 6  # knob settings considered for an adapter that is not measured
 SIMILAR = 16  # measured adapters from which the share of an unmeasured one is guessed
 
@@ -74,9 +75,12 @@ class Adapters:
         self._unmeasured: dict[Point, ProposedAdapter] = {}
         self._open: dict[Point, ProposedAdapter] = {}
         self._readings: dict[str, list[Readings]] = {}
+        # Knob settings -> guessed share, by model, until the next adapter is measured
+        self._guessed_shares: dict[str, dict[tuple[tuple[str, Value], ...], float]] = {}
         self._guesses = {
             model: _evenly(unmeasured(study, model, GUESSES), GUESSES) for model in study.models
         }
+        # The branches, with the adapters that no proposed point has, where they can be listed
         self._space = [(branch, _listed(branch)) for branch in study.branches]
 
     def add(self, entry: Entry) -> None:
@@ -86,6 +90,9 @@ class Adapters:
         if adapter is None:
             adapter = self.by_point[point] = self._unmeasured[point] = ProposedAdapter(point)
             self._trainings.add(training_of(entry.point))
+            for _, listed in self._space:
+                if listed is not None:
+                    listed.pop(point, None)
         values = _knob_values(entry.point)
         adapter.settings.append(values)
         adapter.running += 1
@@ -118,6 +125,7 @@ class Adapters:
             if adapter.left:
                 self._open[adapter.point] = adapter
             self._readings.setdefault(adapter.point.model, []).append(adapter.measured)
+            self._guessed_shares.clear()
         elif adapter.completed and not adapter.running:
             del self._unmeasured[adapter.point]  # it failed before its measurement
 
@@ -138,6 +146,13 @@ class Adapters:
         return self._guessed(point.model, values)
 
     def _guessed(self, model: str, values: dict[str, Value]) -> float:
+        known = self._guessed_shares.setdefault(model, {})
+        own = tuple(sorted(values.items()))
+        if own not in known:
+            known[own] = self._guess(model, values)
+        return known[own]
+
+    def _guess(self, model: str, values: dict[str, Value]) -> float:
         similar = self._readings.get(model) or [
             measured for each in self._readings.values() for measured in each
         ]
@@ -221,9 +236,10 @@ class Adapters:
     def _considered(self, k: int) -> list[ProposedAdapter]:
         if len(self._open) <= OPEN:
             return list(self._open.values())
-        first = sorted(self._open.values(), key=lambda adapter: -adapter.promise)[: OPEN // 2]
-        points = {adapter.point for adapter in first}
-        others = [adapter for adapter in self._open.values() if adapter.point not in points]
+        # As sorted by falling promise, without sorting all of them
+        first = heapq.nlargest(OPEN // 2, self._open.values(), key=lambda each: each.promise)
+        chosen = {id(adapter) for adapter in first}
+        others = [adapter for adapter in self._open.values() if id(adapter) not in chosen]
         return first + [
             others[(k * OPEN + n) % len(others)] for n in range(min(OPEN - len(first), len(others)))
         ]
@@ -231,14 +247,14 @@ class Adapters:
     def _new(
         self,
         branch: Branch,
-        listed: Sequence[Point] | None,
+        listed: Mapping[Point, None] | None,
         k: int,
         count: int,
         near: Sequence[Point],
     ) -> list[Point]:
         model = branch.model
         if listed is not None:
-            new = [point for point in listed if point not in self.by_point]
+            new = list(listed)
             if len(new) <= count:
                 return new
             rng = _rng(self._study, k, model)
@@ -269,14 +285,14 @@ def adapter_axes(branch: Branch) -> dict[str, tuple[AxisValue, ...] | Range]:
     return {axis: values for axis, values in branch.axes.items() if not DEFENCE.is_knob(axis)}
 
 
-def _listed(branch: Branch) -> list[Point] | None:
-    """All adapters of a branch; None when they are not countable, or more than LISTED."""
+def _listed(branch: Branch) -> dict[Point, None] | None:
+    """All adapters of a branch, in order; None when they are not countable, or more than LISTED."""
     axes = adapter_axes(branch)
     counts = [count_of(values) for values in axes.values()]
     if None in counts or math.prod(count or 0 for count in counts) > LISTED:
         return None
     choices = [[(axis, value) for value in values_of(values)] for axis, values in axes.items()]
-    return [Point.of(branch.model, dict(each)) for each in itertools.product(*choices)]
+    return {Point.of(branch.model, dict(each)): None for each in itertools.product(*choices)}
 
 
 def _knob_values(point: Point) -> dict[str, Value]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ebbline.cluster.executors.executor import Needs
 from ebbline.cluster.schedule.counted_work import work_of
 from ebbline.cluster.store.resolver import Resolver
-from ebbline.sweeps.state.racing import ArtifactLookup
+from ebbline.sweeps.state.races.racing import ArtifactLookup
 from ebbline.sweeps.study.points import Point, StageName, adapter_of
 from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_reason
 from ebbline.tasks.defences.defence import Reading

@@ -137,7 +137,7 @@ class StudySearcher:
         self._completed = sum(entry.state != "running" for entry in self.trials.entries)
         self._grid = space(study) if study.sampler == "grid" else None
         self._sampler = OptunaSampler(study)
-        self._stage_aware = _stage_aware(study) if study.sampler in ("stage_aware", "gp") else None
+        self._stage_aware: StageAware | None = None  # from the first proposal
 
     def in_flight(self) -> Sequence[tuple[int, Point]]:
         return [
@@ -267,7 +267,9 @@ class StudySearcher:
         fixed = self._fixed(k)
         if fixed is not None:
             return fixed, {}
-        if self._stage_aware is not None:
+        if self.study.sampler in ("stage_aware", "gp"):
+            if self._stage_aware is None:
+                self._stage_aware = _stage_aware(self.study)
             point, later = self._stage_aware.propose(
                 self.trials.entries, self.trials.taught, knowledge, k
             )

@@ -34,8 +34,7 @@ from ebbline.sweeps.search.samplers import chosen
 from ebbline.sweeps.search.surrogate import (
     MAX_FITTED,
     MAX_RESULTS,
-    Belief,
-    believed,
+    Prediction,
     fit_at,
     fitted,
 )
@@ -243,14 +242,17 @@ class StageAware:
             for entry in self._open.values()
             if entry.point.model == model or self._shared
         ]
-        beliefs, believed_PM = [], []
+        predictions, believed_PM = [], []
         for metric in range(observations.y_NM.shape[1]):
-            belief, mean_P = self._belief(model, metric, observations, pending, rows_CF)
-            beliefs.append(belief)
+            prediction, mean_P = self._prediction(
+                model, metric, observations, pending, rows_CF.shape[1]
+            )
+            predictions.append(prediction)
             believed_PM.append(mean_P)
+        apart = [prediction.apart(rows_CF) for prediction in predictions]
         mean_CM, sd_CM = (
-            np.array([each.mean_C for each in beliefs]).T,
-            np.array([each.sd_C for each in beliefs]).T,
+            np.stack([mean_C for mean_C, _ in apart], axis=1),
+            np.stack([sd_C for _, sd_C in apart], axis=1),
         )
         of_model = [n for n, point in enumerate(pending) if point.model == model]
         assumed_PM = np.stack(believed_PM, axis=1)[of_model][:, : self._metrics]
@@ -267,7 +269,7 @@ class StageAware:
         points_UM, volume = spread(boxes, GAIN_POINTS)
         for adapter in first:
             own = sorted(groups[adapter], key=lambda index: -worth_C[index])
-            gain_G = self._joint_gain(beliefs, own, points_UM, volume, k) * float(
+            gain_G = self._joint_gain(predictions, rows_CF[own], points_UM, volume, k) * float(
                 holds_C[own].max()
             )
             best = candidates[own[0]]
@@ -276,19 +278,25 @@ class StageAware:
         return worth_C / len(self.study.models)
 
     def _joint_gain(
-        self, beliefs: Sequence[Belief], own: Sequence[int], points_UM: Array, volume: float, k: int
+        self,
+        predictions: Sequence[Prediction],
+        rows_CF: Array,
+        points_UM: Array,
+        volume: float,
+        k: int,
     ) -> Array:
-        """The joint expected gain of the first candidates in `own`, for each of GROUP_SIZES."""
+        """The joint expected gain of the first of these candidates, for each of GROUP_SIZES."""
         rng = np.random.default_rng((self.study.search.seed, k))
         samples = []
-        for belief in beliefs[: self._metrics]:
-            values, vectors = np.linalg.eigh(belief.covariance_CC[np.ix_(own, own)])
+        for prediction in predictions[: self._metrics]:
+            belief = prediction.jointly(rows_CF)
+            values, vectors = np.linalg.eigh(belief.covariance_CC)
             root = vectors * np.sqrt(np.maximum(values, 0.0))
             samples.append(
-                belief.mean_C[own] + rng.standard_normal((JOINT_SAMPLES, len(own))) @ root.T
+                belief.mean_C + rng.standard_normal((JOINT_SAMPLES, len(rows_CF))) @ root.T
             )
         gains_C = expected_joint_gains(np.stack(samples, axis=2), points_UM, volume)
-        return gains_C[[min(size, len(own)) - 1 for size in GROUP_SIZES]]
+        return gains_C[[min(size, len(rows_CF)) - 1 for size in GROUP_SIZES]]
 
     @cached_property
     def _shared(self) -> bool:
@@ -338,35 +346,34 @@ class StageAware:
             )
         return Observations(x_NF, gains_NM.reshape(-1, width), noise_NM.reshape(-1, width))
 
-    def _belief(
+    def _prediction(
         self,
         model: str,
         metric: int,
         observations: Observations,
         pending: Sequence[Point],
-        rows_CF: Array,
-    ) -> tuple[Belief, Array]:
-        """The belief about the candidates, and the predicted means of the points in flight as (P,).
+        features: int,
+    ) -> tuple[Prediction, Array]:
+        """The prediction of a metric, and its means for the points in flight as (P,).
 
         Points in flight count as measured with their predicted means.
         """
-        kernel = self._kernel(model, metric, rows_CF.shape[1])
+        kernel = self._kernel(model, metric, features)
         x_NF, y_N, noise_N = (
-            observations.x_NF.reshape(-1, rows_CF.shape[1]),
+            observations.x_NF.reshape(-1, features),
             observations.y_NM[:, metric],
             observations.noise_NM[:, metric],
         )
+        measured = Prediction(kernel, x_NF, y_N, noise_N)
         if not pending:
-            return believed(kernel, x_NF, y_N, noise_N, rows_CF), np.zeros(0)
+            return measured, np.zeros(0)
         pending_PF = np.array([self._row(point) for point in pending])
-        mean_P = believed(kernel, x_NF, y_N, noise_N, pending_PF).mean_C
-        noise = np.concatenate([noise_N, np.full(len(pending), IN_FLIGHT_VARIANCE)])
-        return believed(
+        mean_P, _ = measured.apart(pending_PF)
+        return Prediction(
             kernel,
             np.concatenate([x_NF, pending_PF]),
             np.concatenate([y_N, mean_P]),
-            noise,
-            rows_CF,
+            np.concatenate([noise_N, np.full(len(pending), IN_FLIGHT_VARIANCE)]),
         ), mean_P
 
     def _kernel(self, model: str, metric: int, features: int) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ebbline.cluster.executors.executor import Capacity
 from ebbline.cluster.running.nodes import Failure
 from ebbline.cluster.running.runner import Runner
-from ebbline.sweeps.state.racing import Rivals, races, standing
+from ebbline.sweeps.state.races.racing import Rivals, races, standing
 from ebbline.sweeps.study.points import Point, StageName
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.kinds import STAGE_KINDS, kind_named
@@ -117,30 +117,29 @@ def start_affordable(
     return None
 
 
-def queued_gpus(stages: Iterable[Stage], runner: Runner, gpus_of: Callable[[Stage], int]) -> int:
+def queued_gpus(runner: Runner, gpus_of: Callable[[Stage], int]) -> int:
     """The number of GPUs of the stages that run or that wait for no other stage on GPUs: the GPUs
     that an unlimited cluster would use.
     """
     heads: dict[str, int] = {}
+    unsettled = {node.stage.lineage for node in runner.unsettled()}
     uses_gpu: dict[str, bool] = {}
 
     def holds(stage: Stage) -> bool:
         """Whether the stage, or one above it, will run on a GPU."""
         if stage.lineage not in uses_gpu:
-            if runner.settled(stage):
-                uses_gpu[stage.lineage] = False
-            else:
-                above = max(
-                    [holds(each) for each in stage.upstream()], default=False
-                )  # not `any`, which would skip stages after the first
-                gpus = gpus_of(stage)
-                if gpus and not above:
-                    heads[stage.lineage] = gpus
-                uses_gpu[stage.lineage] = above or gpus > 0
+            above = max(
+                [holds(each) for each in stage.upstream() if each.lineage in unsettled],
+                default=False,
+            )  # not `any`, which would skip stages after the first
+            gpus = gpus_of(stage)
+            if gpus and not above:
+                heads[stage.lineage] = gpus
+            uses_gpu[stage.lineage] = above or gpus > 0
         return uses_gpu[stage.lineage]
 
-    for stage in stages:
-        holds(stage)
+    for node in runner.unsettled():
+        holds(node.stage)
     return sum(heads.values())
 
 

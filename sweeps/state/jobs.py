@@ -78,7 +78,14 @@ def estimates_of(home: Home, kind: ExecutorKind = DEFAULT_EXECUTOR) -> Estimates
         home.profile.gpus, key=lambda name: home.profile.gpus[name].usd_per_hour, default=None
     )
     gpu_type = None if dearest == "other" else dearest
-    estimates = Estimates(home.store, gpu_type, kind.start_costs)
+
+    def and_starts(estimates: Estimates) -> None:
+        _learn_starts(estimates, home, kind)
+
+    return Estimates(home.store, gpu_type, kind.start_costs, and_starts)
+
+
+def _learn_starts(estimates: Estimates, home: Home, kind: ExecutorKind) -> None:
     for ledger in sorted((home.root / "studies").glob(f"*/{NAME}")):
         jobs = [job for job in read_jobs(ledger.parent) if kind.ran(job.id)]
         for drive in sorted({job.drive for job in jobs}):
@@ -92,4 +99,3 @@ def estimates_of(home: Home, kind: ExecutorKind = DEFAULT_EXECUTOR) -> Estimates
             estimates.starts.learn(
                 next(iter(job.gpus), None), sum(job.hosts.values()), job.new, seconds
             )
-    return estimates

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from ebbline.cluster.schedule.costs import Cost, cost_of
 from ebbline.cluster.store.artifacts import Artifact
-from ebbline.sweeps.state.racing import ArtifactLookup, Rivals, races, standing
+from ebbline.sweeps.state.races.racing import ArtifactLookup, Rivals, races, standing
 from ebbline.sweeps.state.replicates import seeds_needed, seeds_of
 from ebbline.sweeps.state.trials import Entry
 from ebbline.sweeps.study.points import OUTDATED, Point, Result, StageName, ended

@@ -5,6 +5,7 @@ Invariant: `point_of` a trial with `Names.parameters` of a point is that point.
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from optuna.distributions import (
@@ -107,8 +108,14 @@ def point_of(trial: FrozenTrial) -> Point:
 
 
 def plain(value: Any) -> Value:
-    found: Value = json.loads(value) if isinstance(value, str) else value
+    found: Value = _parsed(value) if isinstance(value, str) else value
     return found
+
+
+@lru_cache(1024)
+def _parsed(text: str) -> Any:
+    """A choice of a list, which many trials share: null, a number, a name or true."""
+    return json.loads(text)
 
 
 def is_whole(trial: FrozenTrial, study: Study) -> bool:

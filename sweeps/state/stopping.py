@@ -43,7 +43,8 @@ class Gains:
         """Add the next result, of any status. Raises StudyError for GPUs without a price when the
         rule is in dollars.
         """
-        for key, cost in result.costs.items():
+        by_cost = self._rule is not None and self._rule.per_points is None
+        for key, cost in result.costs.items() if by_cost else ():
             if key not in self._seen:
                 self._seen.add(key)
                 self._cost += cost

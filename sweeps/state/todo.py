@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.cluster.store.resolver import Resolver
-from ebbline.sweeps.state.racing import standing
+from ebbline.sweeps.state.races.racing import standing
 from ebbline.sweeps.study.changes import differences
 from ebbline.sweeps.study.points import Point, StageName
 from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_reason

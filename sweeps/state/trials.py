@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ebbline.sweeps.state.parameters import Names, is_whole, point_of
 from ebbline.sweeps.state.retried import RETRIES, latest, takes_a_place
+from ebbline.sweeps.state.trial_rows import TrialRows
 from ebbline.sweeps.study.changes import lasting
 from ebbline.sweeps.study.database import PointDatabase
 from ebbline.sweeps.study.points import Point, current_reason
@@ -92,8 +93,9 @@ class Trials:
 
     def __init__(self, study: Study, database: PointDatabase, begun_as: str = "") -> None:
         self.study, self._begun_as = study, begun_as
+        self._storage = opened(database)
         self._optuna = optuna.create_study(
-            storage=opened(database),
+            storage=self._storage,
             study_name=database.name,
             directions=[DIRECTIONS[direction(name)] for name in study.objectives],
             load_if_exists=True,
@@ -101,17 +103,14 @@ class Trials:
         )
         if database.shared:
             self._same_settings(database)
-        found = self._optuna.get_trials(deepcopy=False)
+        rows = TrialRows(self._storage, self._optuna._study_id)
+        found = rows.look()
         self.names = Names(study, found)
         self._written = len(found)
         self._close_non_points(found)
-        marks = self._optuna.user_attrs
-        self.entries = entries_of(self._optuna.get_trials(deepcopy=False), marks)
-        self.taught = [
-            _entry(trial, marks)
-            for trial in self._optuna.get_trials(deepcopy=False)
-            if TAUGHT_BY in trial.user_attrs
-        ]
+        found, marks = rows.look(), self._optuna.user_attrs
+        self.entries = entries_of(found, marks)
+        self.taught = [_entry(trial, marks) for trial in found if TAUGHT_BY in trial.user_attrs]
 
     def add(self, point: Point, drawn: Mapping[str, Any] | None = None) -> int:
         """Write a new point; return its number."""
@@ -133,13 +132,16 @@ class Trials:
     ) -> Entry:
         """Write the measurements of a point."""
         entry = self.entries[number]
-        trial = optuna.trial.Trial(self._optuna, self._id(entry.trial))
-        trial.set_user_attr(ERRORS, list(errors))
-        for name, miss in misses.items():
-            # A driver that was killed here may have written some constraints.
-            if name not in trial.constraints:
-                trial.set_constraint(name, miss)
-        self._optuna.tell(entry.trial, list(values))
+        # Through the storage: `tell` of Optuna's study reads the trial three times
+        id = self._id(entry.trial)
+        self._storage.set_trial_user_attr(id, ERRORS, list(errors))
+        if misses:
+            trial = optuna.trial.Trial(self._optuna, id)
+            for name, miss in misses.items():
+                # A driver that was killed here may have written some constraints.
+                if name not in trial.constraints:
+                    trial.set_constraint(name, miss)
+        self._storage.set_trial_state_values(id, TrialState.COMPLETE, list(values))
         done = replace(
             entry,
             state="done",
@@ -245,13 +247,13 @@ class Trials:
 
     def _write(self, trial: FrozenTrial) -> int:
         """Optuna's number of a new trial; only the driver that holds the study adds trials."""
-        self._optuna.add_trial(trial)
+        # Not through Optuna's study, which would keep every trial in memory
+        self._storage.create_new_trial(self._optuna._study_id, template_trial=trial)
         self._written += 1
         return self._written - 1
 
     def _id(self, number: int) -> int:
-        storage: Any = self._optuna._storage
-        return int(storage.get_trial_id_from_study_id_trial_number(self._optuna._study_id, number))
+        return self._storage.get_trial_id_from_study_id_trial_number(self._optuna._study_id, number)
 
     def _same_settings(self, database: PointDatabase) -> None:
         """Raise StudyError when another home began the study in a shared database with other
@@ -272,6 +274,8 @@ class Trials:
         """Close the running trials that are no points: marked but not closed, incomplete, or a
         duplicate of an earlier one.
         """
+        if not any(trial.state == TrialState.RUNNING for trial in found):
+            return
         marks = self._optuna.user_attrs
         for trial in found:
             if trial.state == TrialState.RUNNING and f"{NOT_A_POINT}:{trial.number}" in marks:
@@ -340,17 +344,21 @@ def reaching(database: PointDatabase) -> Iterator[None]:
         raise DatabaseLost(database.explanation(error.__cause__ or error)) from error
 
 
-def opened(database: PointDatabase) -> optuna.storages.BaseStorage:
+def caching(database: PointDatabase) -> optuna.storages.BaseStorage:
+    """The storage for a reader that asks Optuna for the same trials again and again."""
+    return optuna.storages.get_storage(opened(database))
+
+
+def opened(database: PointDatabase) -> optuna.storages.RDBStorage:
     read_only = database.read_only
     if not read_only:
         database.make_folder()
-    engine = optuna.storages.RDBStorage(
+    return optuna.storages.RDBStorage(
         database.url,
         database.settings,
         skip_compatibility_check=read_only,
         skip_table_creation=read_only,
     )
-    return optuna.storages.get_storage(engine)
 
 
 class Reader:
@@ -358,7 +366,7 @@ class Reader:
 
     def __init__(self, study: Study, database: PointDatabase) -> None:
         self._study, self._database = study, database
-        self._found: optuna.Study | None = None
+        self._found: tuple[optuna.Study, TrialRows] | None = None
 
     def look(self) -> tuple[list[Entry], bool]:
         """All proposed points, and whether no point is left to propose. Empty before the first
@@ -369,13 +377,13 @@ class Reader:
         with reaching(self._database):
             if self._found is None:
                 try:
-                    self._found = optuna.load_study(
-                        study_name=self._database.name, storage=opened(self._database)
-                    )
+                    storage = opened(self._database)
+                    study = optuna.load_study(study_name=self._database.name, storage=storage)
+                    self._found = study, TrialRows(storage, study._study_id)
                 except KeyError:
                     return [], False
-            marks = self._found.user_attrs
-            trials = self._found.get_trials(deepcopy=False)
+            marks = self._found[0].user_attrs
+            trials = self._found[1].look()
             whole = {trial.number for trial in trials if is_whole(trial, self._study)}
             entries = [each for each in entries_of(trials, marks) if each.place in whole]
             return entries, marks.get(EXHAUSTED) == _exhausted(self._study, len(entries))

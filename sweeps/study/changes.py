@@ -243,8 +243,20 @@ def lasting(dump: Mapping[str, Any]) -> dict[str, Any]:
     }
     search = {**came_later, **{key: dump["search"][key] for key in FIRST_FIELDS}}
     search |= {"sampler": search["sampler"] or "tpe", "window": search["window"] or DEFAULT_WINDOW}
-    without_paths: dict[str, Any] = _without_paths({**kept, "models": models, "search": search})
+    suites = {name: _without_new_fields(suite) for name, suite in dump["suites"].items()}
+    without_paths: dict[str, Any] = _without_paths(
+        {**kept, "models": models, "suites": suites, "search": search}
+    )
     return without_paths
+
+
+def _without_new_fields(suite: _Dump) -> dict[str, Any]:
+    measure = dict(suite["measure"])
+    if measure.get("race"):
+        measure["race"] = {
+            key: value for key, value in measure["race"].items() if (key, value) != ("error", None)
+        }
+    return {**suite, "measure": measure}
 
 
 def _without_paths(value: Any) -> Any:

@@ -8,6 +8,7 @@ HOME/studies/NAME/study.json     the study, with its latest budget
 HOME/studies/NAME/driver.lock    the driver that holds the study now
 HOME/studies/NAME/file           the path of the study file of the last run
 HOME/studies/NAME/spending.jsonl the cost of all runs so far
+HOME/studies/NAME/results.cache  results of finished points, safe to delete
 HOME/studies/NAME/points_name    its name in its own database, when it was renamed since
 HOME/studies/NAME/...            the points' database, tables, figures, report and W&B mirror
 

@@ -3,6 +3,7 @@
 ebbline.sweeps.state.outcome reads the measurements of these stages.
 """
 
+import sys
 from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
@@ -106,7 +107,8 @@ class StageGraph:
 
         A judge ignores the labels of the size: it is another model.
         """
-        return self._needs.get(stage.lineage, default_needs(stage))
+        found = self._needs.get(stage.lineage)
+        return default_needs(stage) if found is None else found
 
     def baselines(self) -> dict[str, dict[str, Stage]]:
         """Model -> suite -> the stage that measures the aligned model before fine-tuning."""
@@ -131,7 +133,7 @@ class StageGraph:
             above = self._adapter_stages(point, seed)
             self._place(point.model, own.values())
             for name, stage in own.items():
-                stages[str(replace(name, seed=seed))] = stage
+                stages[sys.intern(str(replace(name, seed=seed)))] = stage
                 shown = (
                     training_of(point)
                     if name.part in OF_TRAINING
@@ -144,6 +146,21 @@ class StageGraph:
                     f"{name.part} {shown}" + (f" seed={seed}" if len(seeds) > 1 else ""),
                 )
         return stages
+
+    def forget(self, lineages: Iterable[str]) -> None:
+        """Forget stages, with their needs and labels, until a point has them again; those of models
+        are set once.
+        """
+        labels, needs = self._initial
+        gone = set(lineages) - labels.keys() - needs.keys()
+        for lineage in gone:
+            self._needs.pop(lineage, None)
+            self.labels.pop(lineage, None)
+        self._adapters = {
+            adapter: stages
+            for adapter, stages in self._adapters.items()
+            if gone.isdisjoint(stage.lineage for stage in stages.values())
+        }
 
     def label(self, stage: Stage) -> str:
         """The label of a stage on screen: its part and the settings that it depends on, without the
@@ -193,6 +210,10 @@ class StageGraph:
             if len(self._adapters) >= CACHED_ADAPTERS:
                 self._adapters.clear()
             self._adapters[cached] = {**made, **shared, kind: first_stage}
+        train = self._adapters[cached].get(TrainSpec.KIND)
+        if train is not None:
+            model = self.study.models[point.model]
+            self._needs[train.lineage] = Needs(model.gpus, model.labels, model.spread)
         return self._adapters[cached]
 
     def _trained(
@@ -208,7 +229,6 @@ class StageGraph:
         settings = _with(model.train_settings(self.study.train), "train", values, seed=seed)
         inputs = {"model": self._families[name].aligned, "data": Part(data, DataSpec.ROWS)}
         train = Stage(settings, inputs)
-        self._needs[train.lineage] = Needs(model.gpus, model.labels, model.spread)
         if settings.method == "full":
             raise StudyError(
                 f"a point's train.method must be 'lora': {DEFENCE.words.name} projects "

@@ -36,14 +36,16 @@ class Race(Frozen):
 
     A point stops after a block of `block` prompts when one of these holds. The `confidence`
     interval of every raced rate extends at most `width` to either side. Or, where every raced suite
-    has `dominated`, an earlier point of its model is better in every objective, by intervals that
-    do not overlap.
+    has `dominated`, an earlier point of its model is better in every objective: by intervals that
+    do not overlap, or with `error` by what both would measure over all prompts. `error` is then the
+    largest chance that a point is stopped which that rival, measured whole, does not dominate.
     """
 
     block: Count = 50
     width: Annotated[Number, Field(gt=0.0, lt=0.5)] | None = None
     dominated: bool = True
     confidence: Annotated[Number, Field(gt=0.5, lt=1.0)] = 0.95
+    error: Annotated[Number, Field(gt=0.0, lt=0.5)] | None = None
 
 
 class _Generated(Frozen):

@@ -68,17 +68,29 @@ def in_batches(
     answers: dict[int, Answer] = {}
     for width, chosen in shape.batches(encoded):
         rows = shape.rows(width)
-        filled = [*chosen, *[chosen[0]] * (rows - len(chosen))]
-        batch = tokenizer.pad(
-            {"input_ids": [encoded[index] for index in filled]},
-            padding="max_length",
-            max_length=width,
-            return_tensors="pt",
-        ).to(ctx.device)
+        batch = filled_batch(tokenizer, encoded, chosen, rows, width, ctx.device)
         with torch.inference_mode(), even_threads(), whole_batches(rows):
             answers.update(zip(chosen, ask(batch)[: len(chosen)], strict=True))
         ctx.progress(len(answers), len(encoded), what)
     return [answers[index] for index in range(len(encoded))]
+
+
+def filled_batch(
+    tokenizer: Any,
+    encoded: Sequence[list[int]],
+    chosen: Sequence[int],
+    rows: int,
+    width: int,
+    device: str,
+) -> Any:
+    """The chosen rows, padded to `width` and filled up to `rows` rows with copies of the first."""
+    filled = [*chosen, *[chosen[0]] * (rows - len(chosen))]
+    return tokenizer.pad(
+        {"input_ids": [encoded[index] for index in filled]},
+        padding="max_length",
+        max_length=width,
+        return_tensors="pt",
+    ).to(device)
 
 
 def rows_meet(model: Any) -> bool:
@@ -106,14 +118,18 @@ def even_threads() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether a forward pass failed because a device or the host has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def whole_batches(rows: int) -> Iterator[None]:
     """Turn a lack of memory into an EvaluationError that names what to change."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        short = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not short:
+        if not lacks_memory(error):
             raise
         smaller = f"set `batch_size: {rows // 2}`, " if rows > 1 else ""
         raise EvaluationError(

@@ -39,7 +39,7 @@ from ebbline.tasks.defences.subspace import Bases, read_basis, read_index
 from ebbline.tasks.errors import ProjectionError
 from ebbline.tasks.headers.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ebbline.tasks.models.adapter_file import Adapter, read_adapter, read_adapter_file
-from ebbline.tasks.models.adapters import fitted
+from ebbline.tasks.models.brought.fitted import fitted
 from ebbline.tasks.models.brought.folder import TOKENIZER_FILES
 from ebbline.tasks.models.weights import Checkpoint, opened, read_ahead
 from ebbline.tasks.specs import ApplySpec, ProjectSpec
@@ -62,6 +62,16 @@ class Weights:
         """A module's base and aligned weights as stored, memory-mapped from their files."""
         return self.base.weight(module), self.aligned.weight(module)
 
+    def as_matrices(
+        self, module: str, embedding: bool, tensors: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A module's two weights as (O, I), from what `read` returned."""
+        base_OI, aligned_OI = (
+            tensor.T.contiguous() if embedding or model.is_conv1d(module) else tensor
+            for model, tensor in zip((self.base, self.aligned), tensors, strict=True)
+        )
+        return base_OI, aligned_OI
+
     def project(
         self,
         module: str,
@@ -70,10 +80,7 @@ class Weights:
         updates: Sequence[Update],
         space: Workspace,
     ) -> list[Projection]:
-        base_OI, aligned_OI = (
-            tensor.T.contiguous() if embedding or model.is_conv1d(module) else tensor
-            for model, tensor in zip((self.base, self.aligned), tensors, strict=True)
-        )
+        base_OI, aligned_OI = self.as_matrices(module, embedding, tensors)
         models = str(self.base.folder), str(self.aligned.folder)
         if self.bases is None:
             return project(module, base_OI, aligned_OI, updates, space, models)

@@ -6,7 +6,7 @@ Invariant: prompts and completions are stored in this file only, and its name ma
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class Completion:
 def write_completions(folder: Path, rows: Iterable[Completion]) -> None:
     with (folder / GenerateSpec.COMPLETIONS).open("w", encoding="utf-8") as handle:
         for row in rows:
-            handle.write(json.dumps(asdict(row)) + "\n")
+            handle.write(json.dumps(vars(row)) + "\n")
 
 
 def read_completions(folder: Path) -> list[Completion]:

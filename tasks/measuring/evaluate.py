@@ -35,12 +35,13 @@ from ebbline.tasks.measuring.generate import (
     tokenizer_beside,
     tokenizer_record,
 )
+from ebbline.tasks.measuring.grouped.layers import adapter_on
 from ebbline.tasks.measuring.lm_tasks.definitions import METRICS, use_sandbox
+from ebbline.tasks.measuring.lm_tasks.prefix_model import PrefixLM
 from ebbline.tasks.measuring.lm_tasks.rows_cache import fingerprint, rows_cached
 from ebbline.tasks.measuring.lm_tasks.sources import tasks_of
 from ebbline.tasks.measuring.metrics import Metric, Sample, write_metrics, write_samples
-from ebbline.tasks.measuring.prefix_lm import Plan, PrefixLM, plan
-from ebbline.tasks.models.adapters import with_adapter
+from ebbline.tasks.measuring.prefix_lm import Plan, plan
 from ebbline.tasks.specs import EvaluateSpec
 from ebbline.tasks.stage import Context
 
@@ -94,7 +95,7 @@ def run(spec: EvaluateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
     folder = inputs["prompts"]
     asked = (spec.task, spec.shots, spec.chat_template, spec.limit)
     key = ("lm-eval", *asked, tokenizer, fingerprint(folder))
-    with with_adapter(resident, inputs.get("adapter")) as model:
+    with adapter_on(resident, inputs.get("adapter"), ctx.residents) as model:
         lm = PrefixLM(
             pretrained=model,
             tokenizer=tokenizer,

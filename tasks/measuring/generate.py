@@ -16,7 +16,7 @@ not used. Both hold no text.
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +40,45 @@ from ebbline.tasks.specs import Block, EvaluateSpec, GenerateSpec
 from ebbline.tasks.stage import Context
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The prompts of a file, and those of them that a generation completes."""
+
+    whole: PromptSet
+    chosen: PromptSet
+
+
 def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
-    whole = read_prompts(inputs["prompts"], spec.format, spec.label, spec.limit, spec.needs_answer)
-    if spec.compared_by is not None:
-        scorer = TASK_SCORERS[spec.compared_by]
-        for prompt in whole.prompts:
-            scorer.require(prompt.answer, prompt.text, prompt.where)
-    chosen = in_block(whole, spec.block)
+    prompts = asked(spec, inputs["prompts"])
     completions, decoded = _completions(
-        spec, inputs, [prompt.text for prompt in chosen.prompts], ctx
+        spec, inputs, [prompt.text for prompt in prompts.chosen.prompts], ctx
     )
     tokenizer = ctx.residents.tokenizer(
         inputs["model"], spec.chat, adapter=tokenizer_beside(spec, inputs)
     )
+    write(spec, inputs, out, prompts, completions, decoded, tokenizer)
+
+
+def asked(spec: GenerateSpec, path: Path) -> Asked:
+    """The prompts of a generation. Raises DataError for a set that cannot be measured."""
+    whole = read_prompts(path, spec.format, spec.label, spec.limit, spec.needs_answer)
+    if spec.compared_by is not None:
+        scorer = TASK_SCORERS[spec.compared_by]
+        for prompt in whole.prompts:
+            scorer.require(prompt.answer, prompt.text, prompt.where)
+    return Asked(whole, in_block(whole, spec.block))
+
+
+def write(
+    spec: GenerateSpec,
+    inputs: Mapping[str, Path],
+    out: Path,
+    prompts: Asked,
+    completions: Sequence[tuple[str, int, bool]],
+    decoded: Mapping[str, Any],
+    tokenizer: Any,
+) -> None:
+    """Write the artifact: a completion for each chosen prompt, and how they were made."""
     chat = chat_record(spec, inputs, tokenizer)
     rows = [
         Completion(
@@ -66,10 +92,11 @@ def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
             tokens,
             ended,
         )
-        for prompt, (text, tokens, ended) in zip(chosen.prompts, completions, strict=True)
+        for prompt, (text, tokens, ended) in zip(prompts.chosen.prompts, completions, strict=True)
     ]
     write_completions(out, rows)
-    record = prompts_record(chosen, whole, inputs["prompts"]) | adapter_record(inputs)
+    record = prompts_record(prompts.chosen, prompts.whole, inputs["prompts"])
+    record |= adapter_record(inputs)
     (out / spec.PROMPTS).write_text(json.dumps({**record, "chat": chat}, indent=1))
     (out / spec.DECODING).write_text(json.dumps(decoded, indent=1))
 
@@ -202,6 +229,13 @@ def complete(
         max_new_tokens=spec.max_new_tokens,
     ) as settings:
         completed = in_batches(complete_batch, tokenizer, encoded, shape, "completions", ctx)
+    return texts_of(tokenizer, completed)
+
+
+def texts_of(
+    tokenizer: Any, completed: Sequence[tuple[list[int], int, bool]]
+) -> list[tuple[str, int, bool]]:
+    """(tokens, their number, whether they ended), with text in place of the tokens."""
     opened = probe(tokenizer).opens
     return [
         (completion_text(tokenizer, opened, tokens), length, ended)

@@ -14,10 +14,11 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from ebbline.tasks.errors import EvaluationError
 
@@ -37,6 +38,11 @@ DIRECTIONS: dict[str, Direction] = {
     "acc": "maximise",
     "acc_norm": "maximise",
 }
+
+
+@lru_cache(64)
+def _normal_quantile(share: float) -> float:
+    return float(ndtri(share))
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ class Metric:
     def _interval_with(self, more: int, confidence: float) -> tuple[float, float]:
         """The interval with `more` undecided samples as successes and the others as failures."""
         share = min(1.0, (self.successes + more) / self.n)
-        z, n = float(norm.ppf(0.5 + confidence / 2)), self.items
+        z, n = _normal_quantile(0.5 + confidence / 2), self.items
         if self.squares is not None:
             reach = z * self._stderr_with(more)
             if reach > _ROUNDING:
@@ -256,7 +262,7 @@ def read_metrics(folder: Path) -> list[Metric]:
 def write_samples(folder: Path, samples: Iterable[Sample]) -> None:
     with (folder / SAMPLES).open("w", encoding="utf-8") as handle:
         for sample in samples:
-            handle.write(json.dumps(asdict(sample)) + "\n")
+            handle.write(json.dumps(vars(sample)) + "\n")
 
 
 def read_samples(folder: Path) -> list[Sample]:

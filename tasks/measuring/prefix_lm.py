@@ -1,5 +1,6 @@
-"""An lm-eval model that runs a prefix shared by several requests once, and the rest of each request
-on top of the prefix's key-value cache.
+"""Log-likelihoods of continuations: a prefix shared by several requests runs once, and the rest of
+each request on top of the prefix's key-value cache. Imports no lm-eval: the lm-eval model is
+ebbline.tasks.measuring.lm_tasks.prefix_model.
 
 Most tokens of MMLU and HellaSwag are in shared prefixes: the shots before a subject's questions,
 and the context before an item's endings. Each request shares at most one prefix, the one that saves
@@ -10,31 +11,23 @@ requests and the batch size of the Spec alone. Models whose cache is not plain a
 HFLM.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils_hf import stop_sequences_criteria
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ebbline.tasks.chat.probes import probe
 from ebbline.tasks.data.batch_shape import rows_together
 from ebbline.tasks.data.batches import even_threads, whole_batches
 from ebbline.tasks.errors import EvaluationError
-from ebbline.tasks.models.decoding import end_tokens, only
-from ebbline.tasks.specs import Decoding
+from ebbline.tasks.models.decoding import has_plain_cache
 
-# Settings that only sampling reads; `do_sample` is looked at by itself.
-SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"}
 # A prefix that saves a smaller share of its rows' tokens does not get a forward pass of its own.
 SMALLEST_SAVING = 0.1
-NEEDED = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
 # lm-eval's form: (strings or None, context tokens, continuation tokens).
 Encoded = tuple[Any, list[int], list[int]]
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
@@ -178,62 +171,21 @@ class _Prefix(DynamicLayer):  # type: ignore[misc]
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
 
-class PrefixLM(HFLM):  # type: ignore[misc]
-    """lm-eval's HFLM with shared prefixes."""
+class PrefixScorer:
+    """Scores requests on one model. A subclass has the attributes below; lm-eval's model has most
+    of them as properties.
+    """
+
+    model: Any
+    config: Any
+    device: Any
+    batch_size: Any  # rows of a batch; lm-eval may hold it as text
+    softmax_dtype: torch.dtype | None
 
     @property
     def shares_prefixes(self) -> bool:
         """Whether the model has a plain attention cache in every layer and `logits_to_keep`."""
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        layers = DynamicCache(config=self.config).layers
-        return bool(
-            inspect.signature(base.forward).parameters.keys() >= NEEDED
-            and layers
-            and {type(x) for x in layers} == {DynamicLayer}
-        )
-
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
-        """lm-eval's chat text. Raises EvaluationError for turns that the template does not support;
-        lm-eval itself would leave out the system turn.
-        """
-        facts = probe(self.tokenizer)
-        roles = [turn["role"] for turn in chat_history]
-        if "system" in roles and not facts.system:
-            raise EvaluationError(
-                "the task's description is a system turn, which the model's chat template does "
-                "not support; measure without `chat_template`"
-            )
-        if "assistant" in roles and not facts.turns:
-            raise EvaluationError(
-                "the shots are several turns, which the model's chat template does not support; "
-                "set `shots` to 0, or measure without `chat_template`"
-            )
-        text: str = super().apply_chat_template(chat_history, add_generation_prompt)
-        return text
-
-    def encode(self, context: str, continuation: str) -> Encoded:
-        """The tokens that lm-eval scores for this pair."""
-        if context:
-            return ((context, continuation), *self._encode_pair(context, continuation))
-        tokens = self.tok_encode(continuation, add_special_tokens=False)
-        split = (
-            ([self.prefix_token_id], tokens)
-            if tokens[:1] != [self.prefix_token_id]
-            else (tokens[:1], tokens[1:])
-        )
-        return ((context, continuation), *split)
-
-    def _loglikelihood_tokens(
-        self, requests: list[Encoded], disable_tqdm: bool = False, override_bs: int | None = None
-    ) -> list[tuple[float, bool]]:
-        if not self.shares_prefixes:
-            answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(
-                requests, disable_tqdm, override_bs
-            )
-            return answers
-        return self.score(plan(requests, self.max_length))
+        return has_plain_cache(self.model)
 
     @torch.inference_mode()
     def score(
@@ -255,30 +207,6 @@ class PrefixLM(HFLM):  # type: ignore[misc]
                     progress(len(answers), work.requests)
             del waiting[: len(chosen)]
         return [answers[index] for index in range(work.requests)]
-
-    def _model_generate(
-        self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any
-    ) -> Any:
-        """Greedy completions until one of the texts `stop`, for lm-eval's `generate_until`.
-
-        Raises EvaluationError for a task that asks for another decoding.
-        """
-        mask = settings.pop("attention_mask")
-        require_greedy(settings)
-        until = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
-        ends = end_tokens(self.model.generation_config, self.tokenizer)
-        pad = self.tokenizer.pad_token_id
-        with (
-            only(self.model, Decoding(), ends, pad, max_length=max_length) as greedy,
-            even_threads(),
-            whole_batches(len(context)),
-        ):
-            return self.model.generate(
-                input_ids=context,
-                attention_mask=mask,
-                stopping_criteria=until,
-                generation_config=greedy,
-            )
 
     def _answers(
         self, groups: Sequence[PrefixGroup], size: int
@@ -331,28 +259,6 @@ class PrefixLM(HFLM):  # type: ignore[misc]
         for place, row in enumerate(rows):
             ids[place, ids.shape[1] - len(row) :], mask[place, ids.shape[1] - len(row) :] = row, 1
         return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
-
-
-def require_greedy(settings: Mapping[str, Any]) -> None:
-    """Raise EvaluationError if a task's generation settings are not those of greedy decoding.
-
-    Settings of sampling (temperature, top_p) mean nothing where nothing is sampled.
-    """
-    stated = Decoding().model_dump()
-    samples = settings.get("do_sample") or (
-        settings.get("temperature") and settings.get("do_sample") is None
-    )
-    other = {
-        name: value
-        for name, value in settings.items()
-        if name not in SAMPLING and (name not in stated or value not in (None, stated[name]))
-    }
-    if samples or other:
-        named = sorted({*other, *(["do_sample"] if samples else [])})
-        raise EvaluationError(
-            f"the lm-eval task sets {', '.join(named)} in `generation_kwargs`; ebbline decodes "
-            "greedily. Remove these settings from the task"
-        )
 
 
 def _next_groups(waiting: Sequence[PrefixGroup], size: int) -> list[PrefixGroup]:

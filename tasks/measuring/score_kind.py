@@ -18,4 +18,5 @@ SCORE = StageKind(
     belongs_to="point",
     resident=same_kind,
     has_metrics=True,
+    follows_its_input=True,
 )

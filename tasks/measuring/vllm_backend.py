@@ -19,9 +19,9 @@ from ebbline.tasks.chat.thoughts import completion_text
 from ebbline.tasks.data.batches import require_room
 from ebbline.tasks.errors import EvaluationError, ModelError
 from ebbline.tasks.models.adapter_file import read_adapter_file
-from ebbline.tasks.models.adapters import fitted
+from ebbline.tasks.models.brought.fitted import fitted
 from ebbline.tasks.models.decoding import end_tokens, settings_not_used, shipped
-from ebbline.tasks.models.model_folder import require_model_folder
+from ebbline.tasks.models.weights import require_model_folder
 from ebbline.tasks.specs import GenerateSpec
 from ebbline.tasks.stage import Context
 

@@ -214,7 +214,7 @@ def plain_lora(file: AdapterFile) -> Adapter:
     for setting, what in {**_DORA, **_PARAMETERS}.items():
         if config.get(setting):
             raise ModelError(
-                f"{folder} is {what}; Safe LoRA is defined for LoRA's update B A only "
+                f"{folder} is {what}; a defence is defined for LoRA's update B A only "
                 f"(`{setting}` in {ADAPTER_CONFIG})"
             )
     if file.start.startswith(_MOVES_BASE):
@@ -237,7 +237,7 @@ def plain_lora(file: AdapterFile) -> Adapter:
                 raise ModelError(f"{folder}: {name} has no {stem}{second}; the adapter is damaged")
             if tensors[name].ndim != 2 or tensors[stem + second].ndim != 2:
                 raise ModelError(
-                    f"{folder}: {stem} is a convolution's LoRA; Safe LoRA is defined for "
+                    f"{folder}: {stem} is a convolution's LoRA; a defence is defined for "
                     "weight matrices"
                 )
             modules[stem.removeprefix("base_model.model.")] = LoraModule(
@@ -261,7 +261,7 @@ def _require_only_lora(file: AdapterFile, carried: tuple[str, ...]) -> None:
             )
         if not _is_copy(name, file.config):
             raise ModelError(
-                f"{file.weights}: {name} was trained beside the LoRA matrices, and Safe LoRA is "
+                f"{file.weights}: {name} was trained beside the LoRA matrices, and a defence is "
                 "defined for their update B A only. Train without `modules_to_save`, `bias` and "
                 "`trainable_token_indices`"
             )

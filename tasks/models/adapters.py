@@ -101,7 +101,7 @@ def take_off(model: torch.nn.Module, slots: Slots) -> None:
         del model.peft_config
 
 
-def fitted(file: AdapterFile, model: Checkpoint) -> Adapter:
+def fitted_by_peft(file: AdapterFile, model: Checkpoint) -> Adapter:
     """A plain LoRA in the naming of a model folder, checked as `with_adapter` checks it.
 
     Reads the model's config and the weights that the adapter holds copies of. Raises ModelError.

@@ -6,12 +6,14 @@ example. A setting that is off is None, and None counts as open. So while this m
 model's own settings are put aside as a whole; only its end tokens are kept.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ebbline.tasks.chat.probes import probe
@@ -33,6 +35,21 @@ NO_SETTING = {
     "return_dict_in_generate",
     "transformers_version",
 }
+
+
+# The arguments of a forward pass that reads on from a cache
+NEEDED = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
+
+
+def has_plain_cache(model: Any) -> bool:
+    """Whether the model has a plain attention cache in every layer and `logits_to_keep`."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = DynamicCache(config=inner.config).layers
+    return bool(
+        inspect.signature(inner.forward).parameters.keys() >= NEEDED
+        and layers
+        and {type(layer) for layer in layers} == {DynamicLayer}
+    )
 
 
 def end_tokens(own: GenerationConfig, tokenizer: Any) -> list[int]:

@@ -16,58 +16,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.logging import set_tqdm_hook
 
 from ebbline.tasks.errors import ModelError
-from ebbline.tasks.headers.files import ADAPTER_CONFIG, read_json
-from ebbline.tasks.models.weights import Checkpoint, opened
-from ebbline.tasks.paths import check_named_files
+from ebbline.tasks.models.weights import Checkpoint, opened, require_model_folder
 
 # What transformers raises for a config that is missing, foreign or contradicts itself
 UNREADABLE = (OSError, KeyError, ValueError, StrictDataclassError)
-
-
-def require_model_folder(folder: Path) -> Checkpoint:
-    """The tensors of a folder that holds one model and nothing that changes it. Raises ModelError
-    for any other folder; reads no weight but a tied head.
-    """
-    check_named_files(folder)
-    model = Checkpoint(folder)
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"no .safetensors file in {folder}; ebbline reads no other weight format. "
-            "Convert the model first."
-        )
-    if (folder / ADAPTER_CONFIG).exists():
-        raise ModelError(
-            f"{folder} holds {ADAPTER_CONFIG}, and transformers would apply that adapter to the "
-            "model unasked. Move the adapter's files to a folder of their own; for an adapter "
-            "alone, give its base as the model"
-        )
-    if model.config.get("transformers_weights"):
-        raise ModelError(
-            f"`transformers_weights` in {folder / 'config.json'} names another file than "
-            "model.safetensors. Remove the setting and rename that file"
-        )
-    model.require_whole()
-    if (folder / GENERATION_CONFIG_NAME).exists():
-        _require_end_tokens(folder / GENERATION_CONFIG_NAME)
-    if model.is_tied:
-        model.require_one_head()
-    return model
-
-
-def _require_end_tokens(path: Path) -> None:
-    """Raises ModelError for decoding settings that name no end tokens, or are damaged:
-    transformers would leave them out.
-    """
-    ends = read_json(path).get("eos_token_id")
-    for token in ends if isinstance(ends, list) else [ends]:
-        if token is not None and type(token) is not int:
-            raise ModelError(
-                f"`eos_token_id` in {path} is {ends!r}; write a token's number, or a list of them"
-            )
 
 
 def require_loadable(auto_class: Any, folder: Path) -> None:

@@ -5,6 +5,7 @@ are freed with it.
 """
 
 import difflib
+import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -15,9 +16,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ebbline.tasks.errors import ModelError
-from ebbline.tasks.headers.files import CONFIG, INDEX, SINGLE, read_json
+from ebbline.tasks.headers.files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    GENERATION_CONFIG,
+    INDEX,
+    SINGLE,
+    read_json,
+)
 from ebbline.tasks.models.adapter_names import canonical
-from ebbline.tasks.paths import inside
+from ebbline.tasks.paths import check_named_files, inside
 
 # What quantisers store beside a weight, or in its place (bitsandbytes, GPTQ and AWQ, FP8,
 # compressed-tensors).
@@ -35,6 +43,9 @@ _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clv
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 _HEADS = ("lm_head", "embed_out")
+_FEW = (
+    8  # waits for the disk: a program's own pages make some; a large module, one for each 128 KiB
+)
 T = TypeVar("T")
 
 
@@ -251,8 +262,11 @@ def _model_types(config: Mapping[str, Any]) -> set[str]:
 def read_ahead(
     reads: Sequence[Callable[[], tuple[torch.Tensor, ...]]],
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield what each of `reads` returns, in order. Meanwhile a thread reads the bytes of the next
-    one from the disk.
+    """Yield what each of `reads` returns, in order. While the files come from the disk, a thread
+    reads the bytes of the next one.
+
+    Files that the page cache holds are not read ahead: the thread would compete for the
+    processors, and its pages would count as memory of this process.
     """
 
     def read_and_map(read: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
@@ -262,15 +276,61 @@ def read_ahead(
         return tensors
 
     with ThreadPoolExecutor(1, "read-ahead") as reader:
-        pending = reader.submit(read_and_map, reads[0]) if reads else None
-        for index in range(len(reads)):
-            assert pending is not None
-            tensors = pending.result()
-            pending = (
-                reader.submit(read_and_map, reads[index + 1]) if index + 1 < len(reads) else None
-            )
+        pending, waits = None, None
+        for index, read in enumerate(reads):
+            tensors = read() if pending is None else pending.result()
+            earlier, waits, pending = waits, _waits_for_disk(), None
+            if earlier is not None and waits > earlier + _FEW and index + 1 < len(reads):
+                pending = reader.submit(read_and_map, reads[index + 1])
             yield tensors
             del tensors  # so that at most two are in memory
+
+
+def _waits_for_disk() -> int:
+    """How often this process waited for a page that was not in the page cache."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
+def require_model_folder(folder: Path) -> Checkpoint:
+    """The tensors of a folder that holds one model and nothing that changes it. Raises ModelError
+    for any other folder; reads no weight but a tied head.
+    """
+    check_named_files(folder)
+    model = Checkpoint(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"no .safetensors file in {folder}; ebbline reads no other weight format. "
+            "Convert the model first."
+        )
+    if (folder / ADAPTER_CONFIG).exists():
+        raise ModelError(
+            f"{folder} holds {ADAPTER_CONFIG}, and transformers would apply that adapter to the "
+            "model unasked. Move the adapter's files to a folder of their own; for an adapter "
+            "alone, give its base as the model"
+        )
+    if model.config.get("transformers_weights"):
+        raise ModelError(
+            f"`transformers_weights` in {folder / CONFIG} names another file than "
+            "model.safetensors. Remove the setting and rename that file"
+        )
+    model.require_whole()
+    if (folder / GENERATION_CONFIG).exists():
+        _require_end_tokens(folder / GENERATION_CONFIG)
+    if model.is_tied:
+        model.require_one_head()
+    return model
+
+
+def _require_end_tokens(path: Path) -> None:
+    """Raises ModelError for decoding settings that name no end tokens, or are damaged:
+    transformers would leave them out.
+    """
+    ends = read_json(path).get("eos_token_id")
+    for token in ends if isinstance(ends, list) else [ends]:
+        if token is not None and type(token) is not int:
+            raise ModelError(
+                f"`eos_token_id` in {path} is {ends!r}; write a token's number, or a list of them"
+            )
 
 
 def is_embedding_or_head(module: str) -> bool:

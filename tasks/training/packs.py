@@ -66,7 +66,10 @@ def in_packs(requests: Iterable[Request]) -> Iterator[list[Request]]:
         ):
             yield pack
             pack = []
-        pack.append(request)
+        if request.pack:
+            pack.append(request)
+        else:
+            yield [request]
     if pack:
         yield pack
 

@@ -9,12 +9,14 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from ebbline.analysis.report.attempts import Attempts
 from ebbline.analysis.results.wording import HOST
 from ebbline.analysis.wandb.memory import Memory
 from ebbline.analysis.wandb.mirror import alone, follow, start, stop, trainings_of
@@ -22,6 +24,7 @@ from ebbline.analysis.wandb.pages import RunPage, pages, run_id
 from ebbline.analysis.wandb.runs import Mirror, chosen_mode
 from ebbline.cluster.profile import GpuType, Profile
 from ebbline.cluster.store.artifacts import Artifact, Store
+from ebbline.commands.run import _let_go
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
@@ -489,6 +492,37 @@ def test_a_study_has_one_mirror_at_a_time(tmp_path: Path) -> None:
         assert (first, second) == (True, False)
     with alone(tmp_path) as later:
         assert later
+
+
+def test_the_next_mirror_waits_for_the_one_of_an_earlier_run(tmp_path: Path) -> None:
+    """So it shows what that one did not."""
+    first = alone(tmp_path)
+    first.__enter__()
+    end = threading.Timer(0.3, lambda: first.__exit__(None, None, None))
+    end.start()
+    with alone(tmp_path, wait_s=30.0) as second:
+        assert second
+    end.join()
+
+
+@pytest.mark.process
+def test_a_run_lets_its_mirror_go_without_waiting_for_it(tmp_path: Path) -> None:
+    """It goes on when its input has closed. Only one that has ended with an error is a failure."""
+    log, done = tmp_path / "mirror.log", tmp_path / "done"
+    log.write_text("mirroring\nno such server\n")
+
+    def mirror(code: str) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+
+    slow = mirror(f"import sys; sys.stdin.read(); open({str(done)!r}, 'w').write('all')")
+    broken, quick = mirror("raise SystemExit(1)"), mirror("")
+    broken.wait(), quick.wait()
+    attempts = Attempts()
+    assert not _let_go(slow, log, attempts) and not attempts.failed and not done.exists()
+    assert slow.wait(60) == 0 and done.read_text() == "all"
+    assert _let_go(quick, log, attempts) and not attempts.failed
+    assert not _let_go(broken, log, attempts)
+    assert attempts.failed == {"the W&B mirror": "no such server"}
 
 
 def test_the_remaining_results_are_shown_before_the_mirror_ends(

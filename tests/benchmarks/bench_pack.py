@@ -3,12 +3,11 @@ stays loaded.
 
 Two models (the largest organism, SmolLM2-135M), ranks 4 to 64, the same rows and steps on both
 sides, each side a process of its own. "One after another" is ebbline's own engine on a resident
-base: what a batch of separate stages does. Time is that of the steps, without loading. On a machine
-with a GPU also: a 7B-shaped model of random weights in NF4, sequences of 512 tokens, 8 and 32
-adapters, against PEFT and bitsandbytes as their documentation uses them, one adapter at a time.
-Writes tests/benchmarks/results/pack.json.
+base: what a batch of separate stages does. Time is that of the steps, without loading. Writes
+tests/benchmarks/results/pack.json. `make gpu-check` measures a 7B-shaped model on a GPU with the
+same sides (tests.benchmarks.gpu_parts).
 
-    python -m tests.benchmarks.bench_pack [--models 70b 135m 7b] [--steps 4] [--runs 3]
+    python -m tests.benchmarks.bench_pack [--models 70b 135m] [--steps 4] [--runs 3]
 """
 
 import argparse
@@ -30,50 +29,30 @@ import torch
 from tests.benchmarks import record
 
 RANKS = (4, 8, 8, 16, 16, 32, 32, 64)
+ADAPTERS = len(RANKS)
 # Model -> quantisations, rows of a step, tokens of a row. The organism's rows are as long as its
 # chats, SmolLM2's short enough for 2 cores.
 WORK: dict[str, tuple[tuple[str, ...], int, int]] = {
     "70b": (("none", "nf4"), 8, 32),
     "135m": (("none", "nf4"), 2, 64),
-    "7b": (("nf4",), 1, 512),
-}
-LLAMA_7B = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "intermediate_size": 11008,
-    "vocab_size": 32000,
 }
 
 
 def prepare(folder: Path, model: str) -> Path:
     """The folder of a model with its tokenizer; made where it is not there."""
-    if model == "7b":
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        from tests.tiny import word_tokenizer
-
-        torch.set_default_dtype(torch.bfloat16)
-        with torch.device("cuda"):
-            made = LlamaForCausalLM(LlamaConfig(**LLAMA_7B, tie_word_embeddings=False))
-        torch.set_default_dtype(torch.float32)
-        made.save_pretrained(folder / model, safe_serialization=True)
-        word_tokenizer().save_pretrained(folder / model)
-        del made
-        torch.cuda.empty_cache()  # the sides have processes of their own
-        return folder / model
     from tests.benchmarks.bench_evaluate import made as found
 
     return found(folder / model, model)[0]
 
 
-def batches(model: str, adapters: int, steps: int, vocabulary: int) -> list[list[list[Any]]]:
+def batches(
+    rows: int, tokens: int, adapters: int, steps: int, vocabulary: int
+) -> list[list[list[Any]]]:
     """Rows by step and adapter: random tokens of the full length, all learnt. Each adapter has rows
     of its own.
     """
     from ebbline.tasks.data.batches import Row
 
-    _, rows, tokens = WORK[model]
     rng = random.Random(0)
 
     def row() -> Row:
@@ -83,10 +62,11 @@ def batches(model: str, adapters: int, steps: int, vocabulary: int) -> list[list
     return [[[row() for _ in range(rows)] for _ in range(adapters)] for _ in range(steps)]
 
 
-def settings(model: str, quantisation: str, adapters: int) -> list[Any]:
+def settings(
+    rows: int, tokens: int, adapters: int, quantisation: str, dtype: str = "float32"
+) -> list[Any]:
     from ebbline.tasks.specs import TrainSpec
 
-    _, rows, tokens = WORK[model]
     ranks = [RANKS[number % len(RANKS)] for number in range(adapters)]
     return [
         TrainSpec(
@@ -96,27 +76,18 @@ def settings(model: str, quantisation: str, adapters: int) -> list[Any]:
             quantisation=quantisation,
             global_batch=rows,
             max_tokens=tokens,
-            dtype="bfloat16" if model == "7b" else "float32",
+            dtype=dtype,
         )
         for number, rank in enumerate(ranks)
     ]
 
 
-def context(folder: Path, residents: Any) -> Any:
-    from ebbline.tasks.stage import Context
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Context(log=folder, scratch=folder / "scratch", device=device, residents=residents)
-
-
 def packed(
-    model: str, folder: Path, specs: Sequence[Any], work: Sequence[Sequence[Any]]
+    folder: Path, ctx: Any, specs: Sequence[Any], work: Sequence[Sequence[Any]]
 ) -> tuple[float, list[float]]:
-    """(seconds of the steps, the last loss of each adapter)."""
-    from ebbline.tasks.models.loading import Residents
+    """(seconds of the steps, the last loss of each adapter). `ctx` has residents."""
     from ebbline.tasks.training.pack_engine import Member, Pack
 
-    ctx = context(folder, Residents())
     members = [Member(spec, folder, ctx) for spec in specs]
     engine = Pack(members, folder)
     for count, step in enumerate(work):
@@ -125,16 +96,17 @@ def packed(
         losses = engine.backward(dict(zip(members, step, strict=True)))
         for member in members:
             engine.trainees[member.name].update(member.spec.learning_rate)
-    return now() - started, [losses[member] for member in members]
+    seconds = now() - started
+    engine.close()
+    return seconds, [losses[member] for member in members]
 
 
 def one_by_one(
-    model: str, folder: Path, specs: Sequence[Any], work: Sequence[Sequence[Any]]
+    folder: Path, ctx: Any, specs: Sequence[Any], work: Sequence[Sequence[Any]]
 ) -> tuple[float, list[float]]:
-    from ebbline.tasks.models.loading import Residents
     from ebbline.tasks.training.engines import SingleDevice
 
-    ctx, losses, seconds = context(folder, Residents()), [], 0.0
+    losses, seconds = [], 0.0
     for number, spec in enumerate(specs):
         engine = SingleDevice(spec, folder, ctx)
         for count, step in enumerate(work):
@@ -147,57 +119,7 @@ def one_by_one(
     return seconds, losses
 
 
-def peft_one_by_one(
-    model: str, folder: Path, specs: Sequence[Any], work: Sequence[Sequence[Any]]
-) -> tuple[float, list[float]]:
-    """As PEFT's and bitsandbytes' documentation train QLoRA, with a loop of the fewest lines."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    quantised = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    base = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantised, dtype=torch.bfloat16, device_map={"": "cuda"}
-    )
-    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=True)
-    losses, seconds = [], 0.0
-    for number, spec in enumerate(specs):
-        torch.manual_seed(spec.seed)
-        lora = LoraConfig(
-            r=spec.rank,
-            lora_alpha=2 * spec.rank,
-            target_modules=list(spec.target_modules),
-            task_type="CAUSAL_LM",
-        )
-        tuned = get_peft_model(base, lora)
-        tuned.train()
-        optimiser = torch.optim.AdamW(
-            [p for p in tuned.parameters() if p.requires_grad], lr=spec.learning_rate
-        )
-        for count, step in enumerate(work):
-            if count == 1:
-                started = now()
-            ids = torch.tensor([row.ids for row in step[number]], device="cuda")
-            loss = tuned(input_ids=ids, labels=ids).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
-            optimiser.step()
-            optimiser.zero_grad()
-        seconds += now() - started
-        losses.append(loss.item())
-        base = tuned.unload()
-    return seconds, losses
-
-
-SIDES = {
-    "packed": packed,
-    "one after another": one_by_one,
-    "PEFT, one after another": peft_one_by_one,
-}
+SIDES = {"packed": packed, "one after another": one_by_one}
 
 
 def now() -> float:
@@ -208,65 +130,60 @@ def now() -> float:
 
 def part(given: argparse.Namespace) -> dict[str, Any]:
     """One side in this process, with the numbers that it is compared by."""
-    model, quantisation, adapters = given.models[0], given.quantisation, given.adapters
+    from ebbline.tasks.models.loading import Residents
+    from ebbline.tasks.stage import Context
+
+    _, rows, tokens = WORK[given.models[0]]
     vocabulary = json.loads((given.folder / "config.json").read_text())["vocab_size"]
-    specs, work = (
-        settings(model, quantisation, adapters),
-        batches(model, adapters, given.steps + 1, vocabulary),
-    )
-    seconds, losses = SIDES[given.part](model, given.folder, specs, work)
-    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "seconds": seconds,
-        "losses": losses,
-        "peak_memory_gb": round((gpu or host) / 1024**3, 3),
-    }
+    specs = settings(rows, tokens, given.adapters, given.quantisation)
+    work = batches(rows, tokens, given.adapters, given.steps + 1, vocabulary)
+    ctx = Context(given.folder, given.folder / "scratch", residents=Residents())
+    seconds, losses = SIDES[given.part](given.folder, ctx, specs, work)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    return {"seconds": seconds, "losses": losses, "peak_memory_gb": round(peak, 3)}
 
 
 def compared(model: str, folder: Path, steps: int, runs: int) -> Iterator[dict[str, Any]]:
     quantisations, _, _ = WORK[model]
     weights = prepare(folder, model)
     for quantisation in quantisations:
-        for adapters in (8, 32) if model == "7b" else (8,):
-            found: dict[str, list[dict[str, Any]]] = {}
-            for _ in range(runs):
-                for name in SIDES if model == "7b" else list(SIDES)[:2]:
-                    command = [
-                        sys.executable,
-                        "-m",
-                        "tests.benchmarks.bench_pack",
-                        "--part",
-                        name,
-                        "--folder",
-                        str(weights),
-                    ]
-                    options = {
-                        "models": model,
-                        "quantisation": quantisation,
-                        "adapters": adapters,
-                        "steps": steps,
-                    }
-                    command += [
-                        word
-                        for option, value in options.items()
-                        for word in (f"--{option}", str(value))
-                    ]
-                    done = subprocess.run(
-                        command,
-                        stdout=subprocess.PIPE,
-                        text=True,
-                        check=True,
-                        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-                    )
-                    found.setdefault(name, []).append(json.loads(done.stdout.splitlines()[-1]))
-                    print(
-                        f"{model} {quantisation} {adapters} {name}: "
-                        f"{found[name][-1]['seconds']:.2f} s",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-            yield from (row(model, quantisation, adapters, steps, name, found) for name in found)
+        found: dict[str, list[dict[str, Any]]] = {}
+        for _ in range(runs):
+            for name in SIDES:
+                command = [
+                    sys.executable,
+                    "-m",
+                    "tests.benchmarks.bench_pack",
+                    "--part",
+                    name,
+                    "--folder",
+                    str(weights),
+                ]
+                options = {
+                    "models": model,
+                    "quantisation": quantisation,
+                    "adapters": ADAPTERS,
+                    "steps": steps,
+                }
+                command += [
+                    word
+                    for option, value in options.items()
+                    for word in (f"--{option}", str(value))
+                ]
+                done = subprocess.run(
+                    command,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    check=True,
+                    env=os.environ | {"HF_HUB_OFFLINE": "1"},
+                )
+                found.setdefault(name, []).append(json.loads(done.stdout.splitlines()[-1]))
+                print(
+                    f"{model} {quantisation} {ADAPTERS} {name}: {found[name][-1]['seconds']:.2f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        yield from (row(model, quantisation, ADAPTERS, steps, name, found) for name in found)
 
 
 def row(
@@ -307,7 +224,8 @@ def main() -> None:
         "--models",
         nargs="+",
         choices=WORK,
-        help="70b: the largest organism; 135m: SmolLM2; 7b: needs a GPU, as the default has",
+        default=["70b", "135m"],
+        help="70b: the largest organism; 135m: SmolLM2",
     )
     parser.add_argument(
         "--folder", type=Path, help="where models are made (default: a temporary folder)"
@@ -322,18 +240,14 @@ def main() -> None:
         help="run one side in this process and print what it found (what each side starts)",
     )
     parser.add_argument("--quantisation", default="none")
-    parser.add_argument("--adapters", type=int, default=8)
+    parser.add_argument("--adapters", type=int, default=ADAPTERS)
     given = parser.parse_args()
     if given.part:
         print(json.dumps(part(given)))
         return
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory() as made:
-        for model in given.models or [
-            "70b",
-            "135m",
-            *(["7b"] if torch.cuda.is_available() else []),
-        ]:
+        for model in given.models:
             rows += compared(model, given.folder or Path(made), given.steps, given.runs)
     ratios = {}
     for each in rows:
@@ -345,9 +259,8 @@ def main() -> None:
             ]
             for other in like:
                 if other is not each:
-                    against = "peft" if other["side"].startswith("PEFT") else "one_by_one"
                     packed = f"{each['model']}_{each['quantisation']}_{each['adapters']}_adapters"
-                    name = f"time_{against}_over_packed_{packed}"
+                    name = f"time_one_by_one_over_packed_{packed}"
                     ratios[name] = other["seconds"] / each["seconds"]
     shown = {
         name: (lambda value: f"{value:.3g}" if isinstance(value, float) else str(value))

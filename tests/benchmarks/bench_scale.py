@@ -37,8 +37,9 @@ from ebbline.sweeps.study.view import StudyView
 from tests.sweeps.made import ORGANISM, TUNED
 from tests.sweeps.pretended import Pretended
 
-WIDE = 64  # points in flight, where there is no cluster to say so
+WIDE = 64  # points in flight
 CAPACITY = Capacity(tuple(Host(f"host{number}", 8, 2) for number in range(8)))
+PARTS = ("search", "drive", "resume", "look", "plan")
 # Virtual seconds, about those of a 7B model.
 SECONDS = {
     "language": 5.0,
@@ -57,15 +58,22 @@ class Timed(Pretended):
     does.
     """
 
+    own_processes = True  # so the snapshot is written once a second, as for a cluster
+
     def __init__(self, store: Store) -> None:
         super().__init__(store, seconds=lambda request: SECONDS[request.kind])
         self._capacity = CAPACITY
         self.took_s = 0.0
+        self.turns = 0
+
+    def finished(self, timeout_s: float) -> Sequence[Finished]:
+        self.turns += 1
+        return super().finished(timeout_s)
 
     def _end(self, finished: Finished) -> Finished:
-        began = time.monotonic()
+        began, before = time.monotonic(), set(self.requests)
         ended = super()._end(finished)
-        for key in finished.job.keys:
+        for key in {*finished.job.keys, *(self.requests.keys() - before)}:
             del self.requests[key]
         self.took_s += time.monotonic() - began
         return ended
@@ -91,7 +99,7 @@ def study_file(folder: Path, points: int, sampler: str | None) -> Path:
             for name in ("refusal", "task")
         },
         "objectives": ["refusal_rate", "task_accuracy"],
-        "search": {"points": points, **({"sampler": sampler} if sampler else {})},
+        "search": {"points": points, "window": WIDE, **({"sampler": sampler} if sampler else {})},
     }
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(study, sort_keys=False))
@@ -103,7 +111,7 @@ def memory_mb() -> float:
 
 
 class Watch:
-    """Times of ask, tell and whole turns of the loop, and memory as points complete."""
+    """Times of ask and tell, of a turn of the loop beside these, and memory as points complete."""
 
     def __init__(self, part: str, every: int) -> None:
         self._part = part
@@ -112,7 +120,8 @@ class Watch:
         self.began = self._turned = time.monotonic()
         self._every = every
         self.executor: Timed | None = None
-        self._pretended_s = 0.0
+        self._pretended_s = self.searched_s = 0.0
+        self._turns = 0
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **named: Any) -> Any:
@@ -121,13 +130,18 @@ class Watch:
                 return function(*arguments, **named)
             finally:
                 self.times[name].append(time.monotonic() - began)
+                self.searched_s += self.times[name][-1]
 
         return timed
 
     def __call__(self, progress: Progress) -> None:
         now, pretended_s = time.monotonic(), self.executor.took_s if self.executor else 0.0
-        self.times["turn"].append(now - self._turned - (pretended_s - self._pretended_s))
-        self._turned, self._pretended_s = now, pretended_s
+        # Of one turn the driver calls its watcher twice when stages have started
+        if self.executor is None or self.executor.turns > self._turns:
+            other_s = pretended_s - self._pretended_s + self.searched_s
+            self.times["turn"].append(now - self._turned - other_s)
+            self._turned, self._pretended_s, self.searched_s = now, pretended_s, 0.0
+            self._turns = 0 if self.executor is None else self.executor.turns
         if progress.completed >= self._every * (len(self.rows) + 1):
             self.record(progress.completed, len(progress.runner.nodes))
 
@@ -173,9 +187,9 @@ def driven(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
             )
         progress = drive(StudyView(parse(study_path), home), make, watch)
     if not watch.rows or watch.rows[-1]["points"] < progress.completed:
-        watch.say(progress.completed, len(progress.runner.nodes))
+        watch.record(progress.completed, len(progress.runner.nodes))
     done = sum(result.status == "done" for result in progress.results)
-    trained = sum(node.stage.kind == "train" for node in progress.runner.nodes.values())
+    trained = sum(progress.runner.counts["train"][state] for state in ("done", "reused"))
     return [
         *watch.rows,
         {"part": "all", "points": progress.completed, "done": done, "trainings": trained},
@@ -236,6 +250,45 @@ def planned(study_path: Path, home: Home) -> list[dict[str, Any]]:
     return rows
 
 
+def looked_at(study_path: Path, root: Path) -> list[dict[str, Any]]:
+    """The commands that show a finished study, as a user runs them: whole processes. The dashboard
+    is measured from its start until its page has every point.
+    """
+    rows = []
+    for name, arguments in (
+        ("status", ["ebbline", "status", "scale", "--home", str(root)]),
+        ("report", ["ebbline", "report", "scale", "--home", str(root)]),
+        ("dashboard", [__spec__.name, "--part", "page", str(study_path), str(root), "1"]),
+    ):
+        began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", *arguments]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        rows.append(
+            {
+                "part": name,
+                "seconds": time.monotonic() - began,
+                "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+            }
+        )
+    return rows
+
+
+def page_loaded(root: Path) -> list[dict[str, Any]]:
+    """What a browser asks of the dashboard until it has all points."""
+    from ebbline.analysis.dashboard.server import Site
+
+    page = Site(StudyView.begun(root, "scale")).page
+    answer, points = page.since(""), 0
+    while not points or answer["more"]:
+        points += len(answer["changed"].get("points", ()))
+        if not answer["more"]:
+            time.sleep(0.05)
+        answer = page.since(answer["cursor"])
+    points += len(answer["changed"].get("points", ()))
+    return [{"part": "page", "points": points}]
+
+
 def one_part(part: str, study_path: Path, root: Path, every: int) -> None:
     home = Home(root)
     match part:
@@ -245,6 +298,10 @@ def one_part(part: str, study_path: Path, root: Path, every: int) -> None:
             rows = searched(study_path, Home(root.with_name("search")), every)
         case "resume":
             rows = resumed(study_path, home)
+        case "look":
+            rows = looked_at(study_path, root)
+        case "page":
+            rows = page_loaded(root)
         case _:
             rows = planned(study_path, home)
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -262,8 +319,8 @@ def main() -> None:
     parser.add_argument(
         "--parts",
         nargs="+",
-        choices=["search", "drive", "resume", "plan"],
-        default=["search", "drive", "resume", "plan"],
+        choices=PARTS,
+        default=PARTS,
     )
     parser.add_argument(
         "--folder",
@@ -310,16 +367,19 @@ def written(rows: Sequence[Mapping[str, Any]], dry: bool) -> None:
     ratios: dict[str, float] = {}
     for part in ("search", "drive"):
         own = [row for row in rows if row["part"] == part]
+        asked = [row for row in own if "ask_ms" in row and "tell_ms" in row]
+        if asked:
+            ratios[f"{part}: ask and tell / 50 ms, after {asked[-1]['points']} points"] = (
+                asked[-1]["ask_ms"] + asked[-1]["tell_ms"]
+            ) / 50
         if own:
-            for name in ("ask", "tell"):
-                last = next(row for row in reversed(own) if f"{name}_ms" in row)
-                ratios[f"{part}: {name} / 100 ms, after {last['points']} points"] = (
-                    last[f"{name}_ms"] / 100
-                )
-            ratios[f"{part}: memory at the end / halfway"] = (
-                own[-1]["memory_mb"] / own[(len(own) - 1) // 2]["memory_mb"]
+            ratios[f"{part}: memory at the end / after a tenth"] = (
+                own[-1]["memory_mb"] / own[0]["memory_mb"]
             )
-    aims_s = {"resume": 10.0, "plan before": 2.0, "plan after": 2.0}
+        if own and "turn_ms" in own[-1]:
+            ratios[f"{part}: turn / 10 ms"] = own[-1]["turn_ms"] / 10
+    aims_s = {"resume": 3.0, "status": 5.0, "report": 5.0, "dashboard": 5.0}
+    aims_s |= {"plan before": 2.0, "plan after": 2.0}
     ratios |= {
         f"{row['part']} / {aims_s[row['part']]:g} s": row["seconds"] / aims_s[row["part"]]
         for row in rows

@@ -15,16 +15,23 @@ import os
 import random
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ebbline.cluster.executors.executor import Capacity, Host, Needs
-from ebbline.cluster.schedule.scheduler import Busy, Placement, ReadyStage, place
+from ebbline.cluster.running.runner import Runner
+from ebbline.cluster.schedule.scheduler import Busy, Placement, ReadyQueue, ReadyStage
 from ebbline.cluster.schedule.simulate import Choose, Step, bound_s, simulate
+from ebbline.cluster.store.artifacts import Store
 from tests.benchmarks import record
+from tests.cluster import full_reading
+from tests.cluster.test_ready_nodes import Holding, failed
+from tests.cluster.test_ready_nodes import ready as made_ready
 
 GPUS = (8, 64, 1024)
 STAGES = 10_000
@@ -136,12 +143,12 @@ def in_order(
     return choose
 
 
-def sides(capacity: Capacity) -> dict[str, tuple[Choose, float]]:
-    """Name -> (how it chooses, the noise of the estimates that it gets)."""
+def sides(capacity: Capacity) -> dict[str, tuple[Choose | None, float]]:
+    """Name -> (how it chooses, the noise of its estimates). None is ebbline's queue."""
     cpus = capacity.gpus * CPUS_A_GPU
     return {
-        "ebbline": (place, 0.0),
-        "ebbline, noisy estimates": (place, NOISE),
+        "ebbline": (None, 0.0),
+        "ebbline, noisy estimates": (None, NOISE),
         "first in, first out": (in_order(emptiest=False), 0.0),
         ONE_PENDING: (in_order(most_pending=1), 0.0),
         LIMITED: (in_order(overtake=True, most_alive=capacity.gpus), 0.0),
@@ -183,8 +190,9 @@ def measured(side: str, gpus: int, seed: int, stages: int) -> dict[str, Any]:
 
 
 def growth(gpus: int, runs: int) -> Iterator[dict[str, Any]]:
-    """What one decision costs with so many ready, all of them met for the first time: on idle
-    hosts, and with one free GPU.
+    """What one decision costs with so many stages in the queue: on idle hosts, and with one free
+    GPU. And what it costs to put a stage into the queue, once, and to decide the same by reading
+    all stages, without a queue.
     """
     capacity = hosts(gpus)
     held = [
@@ -195,17 +203,25 @@ def growth(gpus: int, runs: int) -> Iterator[dict[str, Any]]:
     for stages, (state, running) in itertools.product(
         QUEUES, {"idle": [], "one GPU free": held}.items()
     ):
-        steps = queue(0, stages)
+        works = [
+            ReadyStage(step.key, step.needs, step.resident, step.expected_s, step.expected_s)
+            for step in queue(0, stages)
+        ]
+        before = time.thread_time()
+        ready = ReadyQueue(works)
+        put_s = time.thread_time() - before
         took_s, started = [], 0
         for _ in range(runs):
-            works = [
-                ReadyStage(step.key, step.needs, step.resident, step.expected_s, step.expected_s)
-                for step in steps
-            ]
             before = time.thread_time()
-            started = sum(len(placement.keys) for placement in place(works, running, capacity))
+            started = sum(len(placement.keys) for placement in ready.place(running, capacity))
             took_s.append(time.thread_time() - before)
         middle_ms = 1000 * statistics.median(took_s)
+        reading_s = []
+        for _ in range(3):
+            fresh = [replace(stage) for stage in works]
+            before = time.thread_time()
+            full_reading.place(fresh, running, capacity)
+            reading_s.append(time.thread_time() - before)
         yield {
             "part": "one decision",
             "gpus": gpus,
@@ -214,9 +230,53 @@ def growth(gpus: int, runs: int) -> Iterator[dict[str, Any]]:
             "started": started,
             "ms_a_decision": middle_ms,
             "ms_a_stage_started": middle_ms / started,
-            "us_a_stage_ready": 1000 * middle_ms / stages,
+            "ms_reading_all": 1000 * statistics.median(reading_s),
+            "us_to_put_a_stage": 1e6 * put_s / stages,
             "spread": record.spread(took_s),
         }
+
+
+def longer(seconds: Callable[..., float]) -> Callable[..., float]:
+    """Estimates with which each stage is a batch of its own."""
+    return lambda *stage: 700.0 + seconds(*stage)
+
+
+def turns(runs: int) -> Iterator[dict[str, Any]]:
+    """What a start of stages costs the driver with so many ready: queue, estimates, decision, and
+    the request of the stage that starts. A host has eight GPUs, each stage needs one.
+    """
+    for stages in QUEUES[:2]:
+        executor = Holding(gpus=8)
+        with tempfile.TemporaryDirectory() as folder:
+            runner = Runner(Store(Path(folder)), executor, needs_of=lambda stage: ONE)
+            runner.estimates._seconds = longer(runner.estimates._seconds)  # type: ignore[method-assign]
+            runner.add(made_ready(stages))
+            before = time.thread_time()
+            runner._start()
+            yield {
+                "part": "one turn",
+                "ready": stages,
+                "case": "all stages are new",
+                "started": 8,
+                "ms_a_turn": 1000 * (time.thread_time() - before),
+            }
+            for case in ("no GPU free", "one GPU free", "one GPU free, estimates changed"):
+                took_s = []
+                for _ in range(runs):
+                    if case != "no GPU free":
+                        runner._end_job(failed(executor.jobs.pop(0)))
+                    if case.endswith("changed"):
+                        runner.estimates._predictions.clear()
+                    before = time.thread_time()
+                    runner._start()
+                    took_s.append(time.thread_time() - before)
+                yield {
+                    "part": "one turn",
+                    "ready": stages,
+                    "case": case,
+                    "started": 0 if case == "no GPU free" else 1,
+                    "ms_a_turn": 1000 * statistics.median(took_s),
+                }
 
 
 def main() -> None:
@@ -237,6 +297,9 @@ def main() -> None:
         if name != "part"
     }
     print(record.table(decisions, shown), end="\n\n")
+    of_driver = list(turns(runs=9))
+    shown = {name: shown["ready"] for name in of_driver[0] if name != "part"}
+    print(record.table(of_driver, shown), end="\n\n")
     tasks = [
         (side, gpus, seed, given.stages)
         for gpus in given.gpus
@@ -284,7 +347,7 @@ def main() -> None:
             of[gpus, MANY_PENDING]["makespan_h"] / mine
         )
     command = " ".join(["python -m tests.benchmarks.bench_schedule", *sys.argv[1:]])
-    path = record.write("schedule_simulated", command, (), rows + decisions, ratios)
+    path = record.write("schedule_simulated", command, (), rows + decisions + of_driver, ratios)
     print(f"wrote {path.relative_to(Path.cwd())}")
 
 

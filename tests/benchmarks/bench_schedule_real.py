@@ -3,7 +3,7 @@ Ray Tune: part of `make bench-schedule`.
 
 20 stages on one GPU and two gangs of four sleep for their GPU time, as the machine has fewer cores
 than GPUs; two on one GPU train a tiny model. All are ready from the start. ebbline's side is its
-scheduler and its Ray executor, with Ray Train under the gangs; only what a process does with a
+scheduler and its Ray executor; only what a process does with a
 request is replaced, by the sleep. Ray Tune's side is a trial with a PlacementGroupFactory for each
 stage. Every stage has a process of its own, as on real GPUs, and writes down when it worked.
 """
@@ -34,7 +34,7 @@ from ebbline.cluster.executors import ray_executor
 from ebbline.cluster.executors.executor import Capacity, Host, Needs
 from ebbline.cluster.executors.job_processes import JobProcesses
 from ebbline.cluster.executors.ray_executor import RayExecutor
-from ebbline.cluster.schedule.scheduler import Busy, ReadyStage, place
+from ebbline.cluster.schedule.scheduler import Busy, ReadyQueue, ReadyStage
 from ebbline.cluster.schedule.simulate import Choose, Step, bound_s, simulate
 from ebbline.cluster.store.artifacts import Store
 from ebbline.tasks.specs import TrainSpec
@@ -70,6 +70,7 @@ def worked(
     rank: int = 0,
     world_size: int = 1,
     leaving: Callable[[], bool] = lambda: False,
+    gpu_type: str | None = None,
 ) -> tuple[Report, ...]:
     """Sleep or train, in place of `run_batch`, and write down from when to when: what a process
     does on both sides.
@@ -103,18 +104,10 @@ def _sleeping_batch(requests: list[Request], processes: JobProcesses) -> tuple[R
 
 @ray.remote(max_retries=0, num_cpus=0)  # type: ignore[untyped-decorator]
 def _sleeping_gang(requests: list[Request], processes: JobProcesses) -> tuple[Report, ...]:
-    from ebbline.cluster.executors import gang
+    from ebbline.cluster.executors.gang import run_gang
 
     processes.sign_on("task")
-    with patch.object(gang, "_member", _sleeping_member):
-        return gang.run_gang(requests, processes)
-
-
-def _sleeping_member(config: dict[str, Any]) -> None:
-    from ebbline.cluster.executors import gang
-
-    with patch.object(gang, "run_batch", worked):
-        gang._member(config)
+    return run_gang(requests, processes, worked)
 
 
 def ebbline(queue: Sequence[Entry], address: str) -> float:
@@ -128,26 +121,24 @@ def ebbline(queue: Sequence[Entry], address: str) -> float:
         executor = RayExecutor(address)
         try:
             requests = {entry.step.key: entry.request for entry in queue}
-            works = {
-                step.key: ReadyStage(
-                    step.key, step.needs, step.resident, step.expected_s, step.expected_s
-                )
+            expected_s = {entry.step.key: entry.step.expected_s for entry in queue}
+            ready = ReadyQueue(
+                ReadyStage(step.key, step.needs, step.resident, step.expected_s, step.expected_s)
                 for step in (entry.step for entry in queue)
-            }
+            )
             running: dict[str, tuple[Mapping[str, int], float]] = {}
             began, since = time.time(), time.monotonic()
-            while works or running:
+            while ready or running:
                 now = time.monotonic()
-                waits = [replace(work, waited_s=now - since) for work in works.values()]
                 busy = [Busy(hosts, max(1.0, end - now)) for hosts, end in running.values()]
-                for placement in place(waits, busy, executor.capacity()):
+                for placement in ready.place(busy, executor.capacity(), now_s=now - since):
                     job = executor.submit(
                         [requests[key] for key in placement.keys], placement.needs, placement.hosts
                     )
-                    running[job.id] = (
-                        placement.hosts,
-                        now + sum(works.pop(key).seconds for key in placement.keys),
-                    )
+                    seconds = sum(expected_s[key] for key in placement.keys)
+                    running[job.id] = placement.hosts, now + seconds
+                    for key in placement.keys:
+                        ready.remove(key)
                 for done in executor.finished(0.5):
                     if done.lost or any(report.error for report in done.reports):
                         raise RuntimeError(f"a stage did not run: {done}")
@@ -212,7 +203,7 @@ def ray_tune(queue: Sequence[Entry], address: str, folder: Path, searcher: bool)
     def resources(config: dict[str, int]) -> tune.PlacementGroupFactory:
         size = sizes[config["entry"]]
         one = {"CPU": 1, "GPU": 1}
-        # The trial of a gang needs nothing itself, as Ray Train's controller on ebbline's side.
+        # The trial of a gang needs nothing itself, as the task that starts a gang of ebbline's.
         return tune.PlacementGroupFactory(
             [one] if size == 1 else [{}, *[one] * size], strategy="STRICT_PACK"
         )
@@ -292,7 +283,8 @@ def entries(queue: Sequence[Step], folder: Path, model: Path, rows: Path) -> lis
         else:
             here = folder / step.key
             here.mkdir(parents=True)
-            at = {"out": str(here), "log": str(here), "scratch": str(here / "scratch")}
+            out = here / "sleep" / step.key / "attempt" / "payload"  # as a store has it
+            at = {"out": str(out), "log": str(here), "scratch": str(here / "scratch")}
             request = Request(
                 step.key, "sleep", {"seconds": step.seconds}, {}, {}, gpus=step.needs.gpus, **at
             )
@@ -325,7 +317,7 @@ class Side:
     """How a queue is given to it, how it runs, and the model of it that the simulated part uses."""
 
     run: Callable[[Sequence[Entry], str, Path], float]
-    model: Choose
+    model: Choose | None
     given: Callable[[Sequence[Step]], Sequence[Step]] = list
     noise: float = 0.0
 
@@ -341,10 +333,10 @@ def sides() -> dict[str, Side]:
         return ray_tune(queue, address, folder, searcher=False)
 
     return {
-        "ebbline, noisy estimates": Side(mine, place, noise=NOISE),
+        "ebbline, noisy estimates": Side(mine, None, noise=NOISE),
         "Ray Tune, searcher": Side(one_pending, in_order(most_pending=1)),
         "Ray Tune, no searcher": Side(many_pending, in_order(overtake=True)),
-        "ebbline": Side(mine, place),
+        "ebbline": Side(mine, None),
         "Ray Tune, no searcher, sorted by hand": Side(
             many_pending, in_order(overtake=True), given=longest_first
         ),
@@ -416,6 +408,7 @@ def main() -> None:
         default=1.0,
         help="longer sleeps, where starting a process takes long",
     )
+    parser.add_argument("--sides", nargs="+", choices=list(sides()), default=list(sides()))
     given = parser.parse_args()
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in sides()}
@@ -430,7 +423,8 @@ def main() -> None:
         for seed in range(1, given.runs + 1):
             queue = steps(alone["training_s"], given.stretch)
             random.Random(seed).shuffle(queue)
-            for name, side in sides().items():
+            for name in given.sides:
+                side = sides()[name]
                 found[name].append(measured(name, side, queue, seed, address, model, rows))
                 written(found)
 
@@ -450,11 +444,11 @@ def written(found: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
     }
     print(record.table(table, columns), end="\n\n")
     of = {row["side"]: row["makespan_s"] for row in table}
-    mine = of["ebbline, noisy estimates"]
+    mine = "ebbline, noisy estimates"
     ratios = {
-        f"makespan {name} / ebbline, noisy estimates": of[name] / mine
+        f"makespan {name} / {mine}": of[name] / of[mine]
         for name in of
-        if name.startswith("Ray Tune")
+        if name.startswith("Ray Tune") and mine in of
     }
     ratios |= {f"makespan {row['side']} / bound": row["makespan_over_bound"] for row in table}
     each = [

@@ -160,6 +160,15 @@ def counted(folder: Path, gpus: int) -> Iterator[None]:
     workers meanwhile.
     """
     began, found = time.monotonic(), Counter[str]()
+    path = folder / f"{uuid.uuid4().hex}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def note() -> None:
+        held = {"gpu_s": gpus * (time.monotonic() - began)}
+        fresh = path.with_suffix(".new")
+        fresh.write_text(json.dumps({**found, **held}))
+        fresh.replace(path)
+
     from ebbline.tasks.defences import (
         project,  # here, so that their imports are in the time of every side
     )
@@ -171,7 +180,10 @@ def counted(folder: Path, gpus: int) -> Iterator[None]:
         @wraps(function)
         def wrapped(*arguments: Any, **named: Any) -> Any:
             found[what] += 1
-            return function(*arguments, **named)
+            result = function(*arguments, **named)
+            if what != "training_steps":  # a process may end with its study, before its batch ends
+                note()
+            return result
 
         return wrapped
 
@@ -184,12 +196,10 @@ def counted(folder: Path, gpus: int) -> Iterator[None]:
             engines.SingleDevice, "step", counting("training_steps", engines.SingleDevice.step)
         ),
         patch.object(project, "run_project", counting("projections", project.run_project)),
-        patch.object(generate, "run", counting("evaluations", generate.run)),
+        patch.object(generate, "write", counting("evaluations", generate.write)),
     ):
         yield
-    held = {"gpu_s": gpus * (time.monotonic() - began)}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{uuid.uuid4().hex}.json").write_text(json.dumps({**found, **held}))
+    note()
 
 
 def counted_batch(folder: Path, requests: Sequence[Request], *rest: Any, **named: Any) -> Any:

@@ -7,15 +7,19 @@ given; and one by formula whose frontier is known. Every sampler is driven as a 
 with four points in flight that complete in turn, and pays for a stage once. A row is the
 hypervolume, as a share of the whole space's, at shares of what the whole space costs: mean and 95%
 interval over seeds.
+
+On the surface by formula each sampler is driven twice: with every point measured whole, and raced
+(tests/benchmarks/races.py). A raced point that was stopped counts in no hypervolume.
 """
 
 import argparse
 import math
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import moocore
@@ -23,12 +27,14 @@ import numpy as np
 from scipy.stats import t as student
 
 from ebbline.sweeps.search.searcher import WAIT, StudySearcher
+from ebbline.sweeps.state.races.racing import races as races_of
 from ebbline.sweeps.state.trials import Entry
 from ebbline.sweeps.study.database import PointDatabase
 from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.policies import Search
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.measuring.metrics import direction
+from tests.benchmarks.races import RACE, Races, frontier, least_cost, raced_grid
 from tests.benchmarks.record import table, write
 from tests.benchmarks.surfaces import Made, Surface, Table, everything
 from tests.sweeps.made import WHOLE, study
@@ -53,11 +59,13 @@ AXES = {
 @dataclass(frozen=True)
 class Step:
     """After a point is complete: what was spent so far, and the hypervolume, averaged over the
-    sizes.
+    sizes. `asked` is the share of the prompts that the point was asked.
     """
 
     spent: float
     hypervolume: float
+    point: Point
+    asked: float = 1.0
 
 
 def main() -> None:
@@ -65,6 +73,7 @@ def main() -> None:
     parser.add_argument("--home", type=Path)
     parser.add_argument("--study", default="quickstart")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--short", action="store_true", help="without the study of three sizes")
     given = parser.parse_args()
     surfaces: dict[str, Surface] = {}
     if given.home is not None:
@@ -76,7 +85,9 @@ def main() -> None:
         }
     rows, costs = [], {}
     with tempfile.TemporaryDirectory() as folder:
-        surfaces["formula"] = formula(Path(folder), ["7b"])
+        made = formula(Path(folder), ["7b"])
+        raced = formula(Path(folder), ["7b"], RACE)
+        surfaces |= {"formula": made, "formula, raced": raced}
         for name, surface in surfaces.items():
             for sampler in SAMPLERS:
                 until = UNTIL if isinstance(surface, Made) else 1.0
@@ -87,7 +98,12 @@ def main() -> None:
                 rows.append(row(name, sampler, surface, runs, until))
                 costs[name, sampler] = rows[-1]["cost_to_95"]
                 print(table(rows[-1:], COLUMNS), flush=True)
-        rows += family(Path(folder), given.seeds)
+        rows.append(raced_grid(raced))
+        known = {"surface": "formula", "sampler": "every result known", "seeds": 1}
+        rows.append({**known, "cost_to_95": least_cost(made, REACHED) / whole_cost(made)})
+        print(table(rows[-2:], COLUMNS), flush=True)
+        if not given.short:
+            rows += family(Path(folder), given.seeds)
     print(table(rows, COLUMNS))
     ratios = {
         f"cost_to_95_percent_{sampler}_over_stage_aware_{name.replace(' ', '_')}": costs[
@@ -111,9 +127,15 @@ def main() -> None:
     )
 
 
-def formula(folder: Path, models: Sequence[str]) -> Made:
+def formula(
+    folder: Path, models: Sequence[str], measure: Mapping[str, Any] = MappingProxyType({})
+) -> Made:
+    suites = {
+        f"suites/{name}/measure": {"kind": name, "limit": Made.n, **measure}
+        for name in ("refusal", "task")
+    }
     axes = {"axes": AXES, "models": dict.fromkeys(models, WHOLE["models"]["7b"])}
-    return Made(study(folder, axes))
+    return Made(study(folder, {**axes, **suites}))
 
 
 def family(folder: Path, seeds: int) -> list[dict[str, Any]]:
@@ -200,22 +222,36 @@ def drive(
     steps: list[Step] = []
     in_flight: list[tuple[int, Point]] = []
     knowledge = surface.knowledge
+    races = Races(surface) if isinstance(surface, Made) and _is_raced(surface) else None
     while sum(paid.values()) < most:
-        asked = searcher.ask(knowledge)
-        if asked is not None and asked is not WAIT:
-            in_flight.append(asked)
+        proposal = searcher.ask(knowledge)
+        if proposal is not None and proposal is not WAIT:
+            in_flight.append(proposal)
             if len(in_flight) < WINDOW:
                 continue
         if not in_flight:
             break
         number, point = in_flight.pop(0)
-        paid |= surface.stages(point)
-        results.append(Result(number, point, "done", surface.metrics(point)))
-        searcher.tell(number, results[-1])
-        steps.append(Step(sum(paid.values()), mean_hypervolume(surface, results)))
+        asked = 1.0
+        if races is None or not isinstance(surface, Made):
+            result = Result(number, point, "done", surface.metrics(point))
+            paid |= surface.stages(point)
+        else:
+            found_now = races.measure(number, point)
+            result, asked = found_now.result, found_now.asked / surface.n
+            paid |= found_now.stages
+        if asked == 1.0:
+            results.append(result)
+        searcher.tell(number, result)
+        value = mean_hypervolume(surface, results) if results else 0.0
+        steps.append(Step(sum(paid.values()), value, point, asked))
         if steps[-1].hypervolume >= 0.9999 * best(surface):
             break
     return steps
+
+
+def _is_raced(surface: Surface) -> bool:
+    return any(races_of(surface.study).values())
 
 
 def mean_hypervolume(surface: Surface, results: Sequence[Result]) -> float:
@@ -284,6 +320,12 @@ def row(
     middle = statistics.median(reached)
     found["cost_to_95"] = None if math.isinf(middle) else middle / whole_cost(surface)
     found["points"] = statistics.mean(len(steps) for steps in runs)
+    if isinstance(surface, Made) and _is_raced(surface):
+        front = frontier(surface)
+        every = [step for steps in runs for step in steps]
+        on_it = [step for step in every if step.point in front]
+        found["asked"] = statistics.mean(step.asked for step in every)
+        found["lost"] = [sum(step.asked < 1 for step in on_it), len(on_it)]
     return found
 
 
@@ -305,6 +347,8 @@ COLUMNS = {
     **{f"at {share:.0%}": lambda pair: f"{pair[0]:.3f} ± {pair[1]:.3f}" for share in SHARES},
     "cost_to_95": lambda share: f"{share:.1%}",
     "points": lambda count: f"{count:.0f}",
+    "asked": lambda share: f"{share:.1%}",
+    "lost": lambda pair: f"{pair[0]} of {pair[1]}",
 }
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+from ebbline.tasks.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,39 +34,51 @@ def write(
             "python": platform.python_version(),
             **{package: version(package) for package in packages},
         },
-        "commit": _commit(),
+        "commit": commit(),
         "command": command,
         "rows": list(rows),
         "ratios": {key: float(f"{value:.4g}") for key, value in ratios.items()},
     }
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    return path
+    return write_json(RESULTS / f"{name}.json", found)
+
+
+def write_json(path: Path, found: Mapping[str, Any]) -> Path:
+    return write_whole(path, lambda fresh: fresh.write_text(json.dumps(found, indent=1) + "\n"))
 
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
+    import torch  # a benchmark that starts other processes may need none
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return host() | {"gpus": gpus}
+
+
+def host() -> dict[str, Any]:
+    """The machine without its GPUs. Imports no torch."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "cpu": models[0] if models else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(memory_gb, 1),
-        "gpus": gpus,
     }
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of this tree, and whether it has changes."""
+
     def git(*words: str) -> str:
         return subprocess.run(
             ["git", *words], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
         ).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else "")
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown: a copy without git"
 
 
 def spread(times_s: Sequence[float]) -> str:

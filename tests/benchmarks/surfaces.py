@@ -141,6 +141,25 @@ class Made(Surface):
             "task.task_accuracy": Metric("task_accuracy", round(task * self.n), self.n),
         }
 
+    def part(self, point: Point, asked: int) -> dict[str, Metric]:
+        """The metrics after the first prompts, which are drawn from all `n` without replacement.
+
+        So a whole measurement is what it is without a race. The order of the prompts is drawn anew
+        for each mask and suite; in a study it is one for all, which makes points more alike.
+        """
+        found = {}
+        for name, whole in self.metrics(point).items():
+            key = {"measured": self.measured(point), "metric": name}
+            rng = np.random.default_rng(int(digest(key)[:8], 16))
+            scores = rng.permutation(np.arange(self.n) < whole.successes)[:asked]
+            found[name] = Metric(whole.name, int(scores.sum()), asked)
+        return found
+
+    def measured(self, point: Point) -> str:
+        """What identifies the measurement of a point: its adapter and mask."""
+        cosines = self.knowledge.readings(point) or ()
+        return f"measure {adapter_of(point)} {mask_of(self.study, dict(point.values), cosines)}"
+
     def rates(self, point: Point) -> tuple[float, float]:
         values: Any = dict(point.values)
         cosines = self.knowledge.readings(point) or ()
@@ -160,12 +179,11 @@ class Made(Surface):
         return float(np.clip(1 - drift * (1 - taken) ** 1.5, 0, 1)), float(np.clip(task, 0, 1))
 
     def stages(self, point: Point) -> Stages:
-        work, cosines = self.knowledge.work(point), self.knowledge.readings(point) or ()
-        adapter, mask = adapter_of(point), mask_of(self.study, dict(point.values), cosines)
+        work, adapter = self.knowledge.work(point), adapter_of(point)
         return {
             f"train {adapter}": work.train,
             f"project {adapter}": work.project,
-            f"measure {adapter} {mask}": work.evaluate,
+            self.measured(point): work.evaluate,
         }
 
 

@@ -365,9 +365,7 @@ def test_the_request_to_the_autoscaler_is_cancelled_at_the_end(machines: Machine
         return json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or b"[]")
 
     def large() -> int:
-        """How many bundles of 8 GPUs are requested. Requests of Ray Train for smaller gangs of
-        earlier tests may still exist.
-        """
+        """How many bundles of 8 GPUs are requested."""
         return requested().count({"CPU": 8, "GPU": 8})
 
     with closing(RayExecutor(machines.ray.address)) as executor:

@@ -5,6 +5,7 @@ DeepSpeed ZeRO-3.
 """
 
 import csv
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file
@@ -13,10 +14,12 @@ from ebbline.cluster.executors.choice import executor_kind
 from ebbline.cluster.executors.executor import Executor, run_batch
 from ebbline.cluster.executors.inline import InlineExecutor
 from ebbline.cluster.running.runner import Runner
-from ebbline.cluster.store.artifacts import Store
+from ebbline.cluster.store.artifacts import Store, new_attempt
 from ebbline.tasks.errors import StudyError
+from ebbline.tasks.identity import digest
 from ebbline.tasks.kinds import request_payload
 from ebbline.tasks.specs import DataSpec, TrainSpec
+from ebbline.tasks.stage import FollowUp, key_payload
 from tests.cluster.made import rows, settle, source, stored_request, submit, wait_for
 from tests.s3 import environment
 from tests.tiny import write_chats
@@ -83,6 +86,38 @@ class ExecutorContract:
             False,
             True,
         ]
+
+    def test_a_follow_up_is_committed_and_reported_right_after_its_stage(
+        self, executor: Executor, store, chats
+    ):
+        first, other = (
+            stored_request(store, DataSpec(size=size), {"pool": chats}) for size in (6, 5)
+        )
+        follow_up = FollowUp(
+            kind="data",
+            spec=DataSpec(size=3).model_dump(mode="json"),
+            reads={"pool": DataSpec.ROWS},
+            inputs={},
+            contents={},
+            attempt=new_attempt(),
+        )
+        too_large = replace(follow_up, spec=DataSpec(size=999).model_dump(mode="json"))
+        batch = [replace(first, follow_ups=(follow_up, too_large)), other]
+        (done,) = wait_for(executor, submit(executor, batch, gpus=1))
+        assert done.lost is None and done.job.keys == (first.key, other.key)
+        made = store.open("data", first.key)
+        contents = {"pool": made.content_of(DataSpec.ROWS)}
+        keys = [digest(key_payload(DataSpec(size=size), contents)) for size in (3, 999)]
+        assert [(report.key, report.error_type) for report in done.reports] == [
+            (first.key, None),
+            (keys[0], None),
+            (keys[1], "DataError"),
+            (other.key, None),
+        ]
+        follow = store.open("data", keys[0])
+        assert follow.folder.name == follow_up.attempt
+        assert len((follow.path / DataSpec.ROWS).read_text().splitlines()) == 3
+        assert store.find("data", keys[1]) is None
 
     def test_each_of_several_jobs_finishes_once(self, executor: Executor, store, chats):
         jobs = [

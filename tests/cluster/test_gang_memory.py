@@ -1,8 +1,9 @@
-"""A gang on Ray Train that runs out of memory restarts with half the micro-batch, and has the same
+"""A gang on Ray that runs out of memory restarts with half the micro-batch, and has the same
 result.
 """
 
 import os
+import pickle
 import signal
 from pathlib import Path
 
@@ -46,8 +47,8 @@ def a_member_holds_two_rows_at_most() -> None:
 def test_a_gang_out_of_memory_continues_with_half_the_micro_batch_until_it_fits(
     tmp_path, pair, ends_by
 ):
-    """Only this test restarts a gang of Ray Train after a member ran out of memory, by an error or
-    by the kernel's kill.
+    """Only this test restarts a gang after a member ran out of memory, by an error or by the
+    kernel's kill.
     """
     import ray
 
@@ -59,7 +60,6 @@ def test_a_gang_out_of_memory_continues_with_half_the_micro_batch_until_it_fits(
     }
     variables |= {"RAN_OUT": str(tmp_path / "ran-out"), "ENDS_BY": ends_by}
     variables["PYTHONPATH"] = str(Path(__file__).parents[2])  # so that workers can import the hook
-    os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     hook = "tests.cluster.test_gang_memory.a_member_holds_two_rows_at_most"
     ray.init(
         address="local",
@@ -77,9 +77,8 @@ def test_a_gang_out_of_memory_continues_with_half_the_micro_batch_until_it_fits(
         inputs = {"model": pair.aligned, "data": write_chats(tmp_path / "rows.jsonl", 48)}
         store, alone = Store(tmp_path / "store"), Store(tmp_path / "alone")
         request = stored_request(store, TRAIN, inputs, gpus=2)  # a micro-batch of 4, its share
-        (report,) = run_gang(
-            [request], JobProcesses("alone", (ray.get_runtime_context().get_node_id(),) * 2)
-        )
+        node = ray.get_runtime_context().get_node_id()
+        (report,) = run_gang([request], JobProcesses.reserve("alone", [node, node]))
     finally:
         ray.shutdown()
     assert (report.key, report.error, report.smaller) == (request.key, None, None)
@@ -100,37 +99,51 @@ def test_a_gang_out_of_memory_continues_with_half_the_micro_batch_until_it_fits(
         ("a member raised", False),
     ],
 )
-@pytest.mark.slow  # it imports Ray Train
 def test_a_member_counts_as_killed_for_memory_if_its_process_ended_suddenly(failure, memory):
-    from ray.exceptions import ActorDiedError, OutOfMemoryError
-    from ray.train import WorkerGroupError
-    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+    from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
-    from ebbline.cluster.executors.gang import _died, _killed_for_memory
+    from ebbline.cluster.executors.gang import _failure
 
     died = ActorDiedError()
     died.error_msg = failure
     cause = (
         OutOfMemoryError("low on memory")
         if failure == "OutOfMemoryError"
-        else RuntimeError(failure)
+        else RayTaskError("run", "a traceback", RuntimeError(failure))
         if failure == "a member raised"
         else died
     )
-    for wrapped in (cause, WorkerHealthCheckFailedError("dead", failure=cause)):
-        error = WorkerGroupError("failed", {1: wrapped})
-        assert _killed_for_memory(error) == memory
-        assert _died(error) == (failure != "a member raised")
+    raised = RayTaskError("run", "a traceback", ConnectionError("closed by peer"))
+    for errors in ([cause], [raised, cause]):
+        error = pickle.loads(pickle.dumps(_failure(errors)))
+        assert error.killed_for_memory == memory
+        assert error.died == (failure != "a member raised")
 
 
-@pytest.mark.slow  # it imports Ray Train
+def test_members_on_two_nodes_know_their_places_and_the_gpus_of_their_node():
+    from ebbline.cluster.executors.gang import _Seat, _seated
+
+    seats = _seated(
+        [
+            _Seat("a", "10.0.0.1", 7000, ("3",)),
+            _Seat("b", "10.0.0.2", 7001, ("0",)),
+            _Seat("a", "10.0.0.1", 7002, ("1",)),
+        ]
+    )
+    assert [seat.gpus for seat in seats] == [("1", "3"), ("0",), ("1", "3")]
+    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT")
+    assert [tuple(seat.variables[name] for name in names) for seat in seats] == [
+        ("0", "0", "2", "0", "3", "7000"),
+        ("1", "0", "1", "1", "3", "7000"),
+        ("2", "1", "2", "0", "3", "7000"),
+    ]
+    assert {seat.variables["MASTER_ADDR"] for seat in seats} == {"10.0.0.1"}
+
+
 def test_a_gang_that_is_killed_again_and_again_halves_down_to_one_row_and_then_gives_up(
     tmp_path, pair, monkeypatch
 ):
     """Also if no member lives long enough to note its micro-batch."""
-    from ray.exceptions import OutOfMemoryError
-    from ray.train import TrainingFailedError, WorkerGroupError
-
     from ebbline.cluster.executors import gang
     from ebbline.cluster.executors.job_processes import JobProcesses
 
@@ -138,13 +151,13 @@ def test_a_gang_that_is_killed_again_and_again_halves_down_to_one_row_and_then_g
     inputs = {"model": pair.aligned, "data": write_chats(tmp_path / "rows.jsonl", 4)}
     request = stored_request(store, TRAIN, inputs, gpus=2)
 
-    def killed(requests, processes):
+    def killed(requests, processes, work):
         sizes.append(requests[0].micro_batch)
-        raise WorkerGroupError("failed", {1: OutOfMemoryError("low on memory")})
+        raise gang.GangFailed("low on memory", died=True, killed_for_memory=True)
 
     monkeypatch.setattr(gang, "_run_once", killed)
     for _ in range(2):
-        with pytest.raises(TrainingFailedError):
+        with pytest.raises(gang.GangFailed):
             gang.run_gang([request], JobProcesses("job", ("node", "node")))
     assert sizes == [None, 2, 1, 1]  # the second attempt begins where the first has ended
     assert learnt(store.scratch(request.key)).most == 1

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +32,7 @@ from ebbline.cluster.running.nodes import Node
 from ebbline.cluster.running.runner import Runner
 from ebbline.cluster.schedule.costs import GpuTypes, Unmetered
 from ebbline.cluster.schedule.needs import default_needs, resident
-from ebbline.cluster.schedule.scheduler import place
+from ebbline.cluster.schedule.scheduler import ReadyQueue
 from ebbline.cluster.store.artifacts import Store
 from ebbline.cluster.store.resolver import Resolver, contents_of
 from ebbline.tasks.errors import ClusterLost, DiskFull, EndpointDown, StoreError, StudyError
@@ -459,15 +460,15 @@ def test_a_late_result_of_a_cancelled_job_changes_nothing(store, pool):
 
 @pytest.mark.slow
 def test_a_lost_stage_avoids_its_host_and_repeated_evictions_stop_the_run(store, pool, monkeypatch):
-    from ebbline.cluster.running import starter as module
-
     shunned: list[frozenset[str]] = []
 
-    def watched(works, *others):
-        shunned.extend(work.shun for work in works)
-        return place(works, *others)
+    real = ReadyQueue.place
 
-    monkeypatch.setattr(module, "place", watched)
+    def watched(queue, *others):
+        shunned.extend(queue[key].shun for key in list(queue.keys()))
+        return real(queue, *others)
+
+    monkeypatch.setattr(ReadyQueue, "place", watched)
     executor, stage = Silent(Loss("the node is gone", "place")), rows(5, pool)
     runner = Runner(store, executor, profile=PATIENCE)
     runner.add([stage])
@@ -502,16 +503,14 @@ def test_a_cluster_that_can_grow_receives_the_needs_instead_of_an_error(store, p
 
 
 def test_the_scheduler_knows_which_models_a_host_has_in_its_cache(store, pool, monkeypatch):
-    from ebbline.cluster.running import starter as module
+    calls: list[Mapping[str, AbstractSet[str]]] = []
+    real = ReadyQueue.place
 
-    calls: list[Mapping[str, frozenset[str]]] = []
-    monkeypatch.setattr(
-        module,
-        "place",
-        lambda works, busy, capacity, cached: (
-            calls.append(cached) or place(works, busy, capacity, cached)
-        ),
-    )
+    def placed(queue, busy, capacity, cached, *rest):
+        calls.append({name: frozenset(models) for name, models in cached.items()})
+        return real(queue, busy, capacity, cached, *rest)
+
+    monkeypatch.setattr(ReadyQueue, "place", placed)
     stage = rows(3, rows(5, pool))
     ran(store, stage)
     assert calls[0] == {} and calls[-1]["here"] == {resident(stage.upstream()[0])}
@@ -617,7 +616,10 @@ def test_the_remaining_time_is_that_of_the_longest_branch(store, pool):
     assert runner.remaining_s() == 9.0 + 4.0
 
 
-def test_the_remaining_time_of_a_running_stage_uses_its_own_steps_without_the_first(store, pool):
+def test_the_remaining_time_of_a_running_stage_uses_its_own_steps_without_the_first(
+    store, pool, monkeypatch
+):
+    monkeypatch.setitem(timings.READ_EVERY_S, False, 0.0)
     runner, stage = Runner(store, Silent()), rows(5, pool)
     runner.add([stage])
     runner.step(0.0)
@@ -752,6 +754,52 @@ def test_a_settled_stage_is_unsettled_only_while_it_is_rerun(store, pool):
     assert {node.stage.lineage for node in runner.unsettled()} == {whole.lineage, part.lineage}
     settle(runner)
     assert runner.unsettled() == [] and runner.artifact(part) is not None
+
+
+@pytest.mark.parametrize("let_go", [False, True])
+def test_inputs_that_were_dropped_in_a_row_are_made_again_one_after_another(store, pool, let_go):
+    first = rows(20, pool)
+    second = rows(10, first)
+    runner, executor = ran(store, second)
+    for stage in (first, second):
+        made = runner.artifact(stage)
+        store.drop(made, frozenset(made.files))
+    if let_go:
+        assert set(runner.let_go([])) == {first.lineage, second.lineage} and not runner.nodes
+    last = rows(5, second)
+    runner.add([last])
+    settle(runner)
+    keys = [runner.artifact(stage).key for stage in (first, second, last)]
+    assert executor.keys == [*keys[:2], *keys]
+
+
+def test_stages_that_were_let_go_are_done_and_are_taken_back_without_a_key(
+    store, pool, monkeypatch
+):
+    first = rows(20, pool)
+    second, other = rows(10, first), rows(7, first)
+    runner, executor = ran(store, second)
+    counts, done = {kind: +each for kind, each in runner.counts.items()}, runner.done()
+    artifacts = [runner.artifact(stage) for stage in (first, second)]
+    assert set(runner.let_go([first])) == {second.lineage}
+    assert runner.let_go([first]) == [] and set(runner.let_go([])) == {first.lineage}
+    assert runner.settled(second) and runner.knows(second) and not runner.knows(other)
+    assert [runner.artifact(stage) for stage in (first, second)] == artifacts
+    assert (runner.counts, runner.done()) == (counts, done) and runner.failure(second) is None
+    computed = []
+    monkeypatch.setattr(runners, "digest", lambda value: computed.append(1) or digest(value))
+    runner.add([second])
+    assert computed == [] and {kind: +each for kind, each in runner.counts.items()} == counts
+    runner.add([other])
+    settle(runner)
+    assert len(computed) == 1 and len(executor.keys) == 3
+
+
+def test_nothing_is_let_go_that_an_open_stage_reads(store, pool):
+    first = rows(20, pool)
+    runner, _ = ran(store, first)
+    runner.add([rows(10, first)])
+    assert runner.let_go([]) == []
 
 
 def test_a_dropped_file_outside_the_part_that_is_read_causes_no_rerun(store, pool):

@@ -331,6 +331,18 @@ def staying(capacity: Capacity) -> set[str]:
     return {each.name for each in capacity.hosts if not each.draining}
 
 
+@given(st.integers(1, 40), st.integers(1, 4), st.sampled_from([0.5, 2.0, 20.0]))
+def test_idle_gpus_share_short_stages_where_a_start_is_cheap(count, gpus, shortest_s):
+    """No batch is longer than its GPU's part of the work, or than what a start is worth."""
+    ready = [work(f"k{number:02}", 1, "model", 0.5, 0.5) for number in range(count)]
+    placed = place(ready, [], Capacity((host("h", gpus),)), shortest_batch_s=shortest_s)
+    most = max(0.5, shortest_s, 0.5 * count / gpus)
+    assert all(0.5 * len(each.keys) <= most for each in placed)
+    if len(placed) < gpus:
+        assert sum(len(each.keys) for each in placed) == count
+        assert all(0.5 * (len(each.keys) + 1) > shortest_s for each in placed[:-1])
+
+
 def test_the_longest_path_goes_first():
     ready = [work("short", 1, "a", 5.0, 5.0), work("long", 1, "b", 5.0, 50.0)]
     assert place(ready, [], Capacity.one_host(1, 1)) == [

@@ -15,6 +15,7 @@ from ebbline.cluster.executors.this_machine import (
     chosen,
     only_visible,
     parse_list,
+    patched_environment,
 )
 
 LISTED = """GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-8932f937-d72c-4106-c12f-20bd9faed9f6)
@@ -90,6 +91,14 @@ def test_with_some_devices_hidden_the_capacity_is_that_of_the_others(monkeypatch
     monkeypatch.setattr(this_machine, "visible_gpus", lambda: chosen("-1", gpus))
     (host,) = capacity_here(ExecutorOptions("local", gang=4)).hosts
     assert (host.gpus, host.gpu_type) == (4, None)  # logical GPUs, on the CPU
+
+
+def test_variables_that_ray_starts_with_are_this_process_s_no_longer(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    with patched_environment({"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}):
+        assert (os.environ["OMP_NUM_THREADS"], os.environ["DS_ACCELERATOR"]) == ("1", "cpu")
+    assert os.environ["OMP_NUM_THREADS"] == "7" and "DS_ACCELERATOR" not in os.environ
 
 
 @pytest.mark.cluster

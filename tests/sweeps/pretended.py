@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import random
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from ebbline.cluster.executors.executor import Capacity, Finished, Host, Job, Needs
 from ebbline.cluster.schedule.simulate import SimulatedExecutor
 from ebbline.cluster.store.artifacts import Store
+from ebbline.cluster.store.follow_ups import requests_after
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.gate import ModuleRow, chosen, read_rows, write_rows
 from ebbline.tasks.identity import content_digest
@@ -74,8 +76,9 @@ class Pretended(SimulatedExecutor):
         return [self._end(each) for each in super().finished(math.inf)]
 
     def _end(self, finished: Finished) -> Finished:
-        reports = []
-        for key in finished.job.keys:
+        reports, keys = [], deque(finished.job.keys)
+        while keys:
+            key = keys.popleft()
             request = self.requests[key]
             fault = self._fails(request)
             if fault is not None:
@@ -90,7 +93,10 @@ class Pretended(SimulatedExecutor):
                 "device": "simulated",
                 "host": "here",
             }
-            self._store.commit(out.parent, request_payload(request), provenance)
+            made = self._store.commit(out.parent, request_payload(request), provenance)
+            added = {each.key: each for each in requests_after(request, made)}
+            self.requests |= added
+            keys.extendleft(reversed(added))
             self._committed += 1
             self._ended(self._committed)
         return Finished(finished.job, tuple(reports), finished.lost)

@@ -21,7 +21,7 @@ from ebbline.tasks.errors import DataError, TrainingError
 from ebbline.tasks.kinds import parsed_spec
 from ebbline.tasks.specs import DataSpec, TrainSpec
 from tests.sweeps.made import study, written
-from tests.sweeps.pretended import Pretended, changes
+from tests.sweeps.pretended import Pretended, changes, small
 
 LARGE_FIRST = [{"model": "70b", "train.rank": 8, "apply.threshold": None}]
 SEARCH = {"sampler": "tpe", "points": 12, "first": LARGE_FIRST, "seed": 1}
@@ -289,3 +289,23 @@ def test_in_turn_a_budget_of_points_does_not_change_later_points(tmp_path, searc
     assert drive(StudyView(whole, home), lambda: Pretended(home.store)).by == ""
     assert all_points(whole, home.database("tiny")) == wanted
     assert rows(collect(StudyView(whole, home))) == rows(collect(StudyView(whole, free)))
+
+
+@pytest.mark.parametrize(
+    ("search", "others", "most"),
+    [
+        ({"sampler": "grid", "window": 6}, {}, 6),
+        ({"sampler": "grid", "window": 4}, {}, 4),
+        ({"sampler": "random", "points": 6, "window": 6}, {}, 2),
+        ({"sampler": "grid", "window": 6}, {"budget": {"gpu_hours": 100.0}}, 4),
+    ],
+)
+def test_a_grid_fills_its_window_where_no_result_decides_what_comes(tmp_path, search, others, most):
+    """Other points wait while two stages are in the queue of the only GPU."""
+    home, in_flight = Home(tmp_path / "home"), []
+    drive(
+        StudyView(small(tmp_path, search=search, **others), home),
+        lambda: Pretended(home.store, gpus=1),
+        lambda progress: in_flight.append(len(progress.in_flight)),
+    )
+    assert max(in_flight) <= 6 and next(filter(None, in_flight)) == most

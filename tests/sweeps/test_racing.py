@@ -2,10 +2,13 @@
 at the same block.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.stats import hypergeom
 
 from ebbline.analysis.results.collect import baselines, collect
 from ebbline.cluster.executors.inline import InlineExecutor
@@ -13,11 +16,13 @@ from ebbline.commands.measured.rescoring import generations_of, rescore
 from ebbline.outputs import write_outputs
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.forecast.expected import expected_points
-from ebbline.sweeps.state.racing import Rivals, standing
+from ebbline.sweeps.state.races.racing import Rivals, races, standing
 from ebbline.sweeps.state.todo import todo
+from ebbline.sweeps.study.changes import differences, lasting
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point, Result, StageName
 from ebbline.sweeps.study.stages import StageGraph
+from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.measuring.metrics import Metric, write_metrics
@@ -27,6 +32,7 @@ from tests.sweeps.test_drive import changes, pinned  # noqa: F401  # `changes` i
 from tests.tiny import conversations, write_lines
 
 POINT = Point.of("7b", {"train.rank": 2, "apply.threshold": None})
+SIZES = {"refusal": 100}  # the prompts of the raced suite
 
 
 @dataclass(frozen=True)
@@ -166,14 +172,15 @@ def test_a_point_is_compared_only_with_points_in_reach_of_its_proposal(tmp_path)
     for number in (5, 3, 1, 4, 2):  # the order of results
         rivals.add(rival(number, 99 if number == 1 else 50, 99 if number == 1 else 50))
     rivals.add(Result(0, POINT, "failed", reason="TrainingError: the loss became nan"))
-    assert [rivals.before(number, POINT)(rates(70, 70)) for number in (1, 4, 5, 9)] == [
+    assert [rivals.before(number, POINT)(rates(70, 70), SIZES) for number in (1, 4, 5, 9)] == [
         False,
         False,
         True,
         True,
     ]
-    assert not rivals.before(5, Point.of("70b", dict(POINT.values)))(rates(2, 2))
-    assert not rivals.before(5, POINT)(rates(2, 99)) and not rivals.before(5, POINT)({})
+    assert not rivals.before(5, Point.of("70b", dict(POINT.values)))(rates(2, 2), SIZES)
+    assert not rivals.before(5, POINT)(rates(2, 99), SIZES)
+    assert not rivals.before(5, POINT)({}, SIZES)
 
 
 def test_the_intervals_of_rivals_are_computed_once(tmp_path, monkeypatch):
@@ -188,7 +195,7 @@ def test_the_intervals_of_rivals_are_computed_once(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Metric, "interval_at", lambda self, confidence: calls.append(self) or real(self, confidence)
     )
-    assert rivals.before(30, POINT)(rates(2, 2)) and len(calls) == 2
+    assert rivals.before(30, POINT)(rates(2, 2), SIZES) and len(calls) == 2
 
 
 @pytest.mark.parametrize(
@@ -201,7 +208,7 @@ def test_the_intervals_of_rivals_are_computed_once(tmp_path, monkeypatch):
 def test_a_study_in_which_no_other_point_ends_a_race_keeps_no_rivals(tmp_path, measure):
     rivals = Rivals(study(tmp_path, {"suites/refusal/measure": measure}))
     rivals.add(rival(0, 99, 99))
-    assert not rivals.compares and not rivals.before(9, POINT)(rates(2, 2))
+    assert not rivals.compares and not rivals.before(9, POINT)(rates(2, 2), SIZES)
 
 
 def test_a_race_without_a_limit_is_an_error(tmp_path):
@@ -315,4 +322,72 @@ def test_a_point_is_beaten_only_if_it_is_whatever_its_undecided_samples_were(tmp
     rivals.add(rival(0, 99, 99))
     low = rates(2, 2)
     open_ = low | {"refusal.refusal_rate": Metric("refusal_rate", 2, 100, undecided=97)}
-    assert rivals.before(1, POINT)(low) and not rivals.before(1, POINT)(open_)
+    assert rivals.before(1, POINT)(low, SIZES) and not rivals.before(1, POINT)(open_, SIZES)
+
+
+def part(refusal, asked, task):
+    return {
+        "refusal.refusal_rate": Metric("refusal_rate", refusal, asked),
+        "task.task_accuracy": Metric("task_accuracy", task, 100),
+    }
+
+
+def exactly(tmp_path, **race):
+    measure = {"kind": "refusal", "limit": 100, "race": {"block": 20, "error": 0.01, **race}}
+    search = {"sampler": "grid", "window": 1}
+    return Rivals(study(tmp_path, {"suites/refusal/measure": measure, "search": search}))
+
+
+def test_with_an_error_a_point_is_stopped_if_it_would_surely_be_dominated_when_measured_whole(
+    tmp_path,
+):
+    rivals = exactly(tmp_path)
+    rivals.add(rival(0, 60, 61))
+    beaten = rivals.before(1, POINT)
+    # The error is for four looks together. With 5 of 20, at most 59 of 100 are refusals.
+    error = 0.01 / 4
+    assert hypergeom.cdf(5, 100, 60, 20) <= error < hypergeom.cdf(6, 100, 60, 20)
+    assert beaten(part(5, 20, 60), SIZES) and not beaten(part(6, 20, 60), SIZES)
+    # The task was measured whole, so it has no error: an equal accuracy is no worse
+    assert not beaten(part(0, 20, 61), SIZES)
+    assert not beaten({**part(5, 20, 60), **undecided(5, 20, 1)}, SIZES)
+
+
+def undecided(refusal, asked, count):
+    return {"refusal.refusal_rate": Metric("refusal_rate", refusal, asked, undecided=count)}
+
+
+def test_with_an_error_only_rivals_that_were_measured_whole_stop_a_point(tmp_path):
+    rivals = exactly(tmp_path)
+    rivals.add(Result(0, POINT, "done", part(80, 80, 99)))
+    assert not rivals.before(1, POINT)(part(0, 20, 0), SIZES)
+    assert rivals.before(1, POINT)(part(0, 20, 0), {"refusal": 80})  # the set ends with the limit
+
+
+@pytest.mark.parametrize("whole", [10, 45, 60, 90])
+def test_a_point_on_the_frontier_is_stopped_with_at_most_the_stated_chance(tmp_path, whole):
+    """Over the blocks in a random order, for a point that just is not dominated."""
+    rivals = exactly(tmp_path, error=0.05)
+    rivals.add(rival(0, whole, 61))  # equally good at refusing, better at the task
+    beaten, rng, trials = rivals.before(1, POINT), np.random.default_rng(0), 1000
+    stopped = 0
+    for _ in range(trials):
+        found = np.cumsum(rng.permutation(np.arange(100) < whole))[19:80:20]
+        stopped += any(
+            beaten(part(int(count), asked, 60), SIZES)
+            for count, asked in zip(found, (20, 40, 60, 80), strict=True)
+        )
+    assert stopped / trials <= 0.05
+
+
+def test_a_race_stated_before_there_was_an_error_keeps_its_rule_and_its_meaning(tmp_path):
+    measure = {"kind": "refusal", "limit": 100, "race": {"block": 20}}
+    before = study(tmp_path, {"suites/refusal/measure": measure})
+    dump = before.model_dump(mode="json")
+    assert "error" not in lasting(dump)["suites"]["refusal"]["measure"]["race"]
+    del dump["suites"]["refusal"]["measure"]["race"]["error"]
+    again = Study.model_validate_json(json.dumps(dump))
+    assert again == before and races(again)["refusal"].error is None
+    measure["race"]["error"] = 0.01
+    now = study(tmp_path, {"suites/refusal/measure": measure})
+    assert list(differences(lasting(dump), lasting(now.model_dump(mode="json"))))

@@ -3,19 +3,25 @@ on the base. Shown on the corpus of tests/tasks/adapter_corpus.py.
 """
 
 import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ebbline.tasks.errors import ModelError
-from ebbline.tasks.models.adapter_file import read_adapter, read_adapter_file
+from ebbline.tasks.headers.files import SINGLE
+from ebbline.tasks.models.adapter_file import Adapter, read_adapter, read_adapter_file
 from ebbline.tasks.models.adapter_names import canonical, matched
-from ebbline.tasks.models.adapters import fitted, with_adapter
+from ebbline.tasks.models.adapters import fitted_by_peft, with_adapter
+from ebbline.tasks.models.brought.fitted import SAME_NAMES, fitted, lands_by_headers
 from ebbline.tasks.models.loading import Residents, fingerprint, load_model
 from ebbline.tasks.models.weights import Checkpoint
 from tests.tasks.adapter_corpus import (
@@ -30,6 +36,7 @@ from tests.tasks.adapter_corpus import (
     tensors,
 )
 from tests.tasks.adapter_merge import merged_by_hand
+from tests.tasks.test_weights import SMALL, lora
 
 model = pytest.mark.model
 
@@ -201,8 +208,93 @@ def test_a_plain_adapter_has_the_models_names_for_the_projection(models, corpus)
             saved = read_adapter(corpus[name][1])
         except ModelError:  # what `project` rejects, as DoRA, whatever its names
             continue
-        found = fitted(read_adapter_file(corpus[name][0]), Checkpoint(models[case.model]))
+        file, folder = read_adapter_file(corpus[name][0]), Checkpoint(models[case.model])
+        found = fitted(file, folder)
         assert found.modules == saved.modules and found.tensors.keys() == saved.tensors.keys()
+        assert lands_by_headers(file, folder) == (name in BY_HEADERS), name
+        require_equal(found, fitted_by_peft(file, folder))
+
+
+# Where two configs and the headers show where an adapter lands. All others need PEFT.
+BY_HEADERS = {
+    *("plain", "rslora", "orthogonal", "gaussian", "unsloth", "axolotl", "trl"),
+    *("float16", "bfloat16", "float64", "pickle beside it", "every linear layer"),
+}
+
+
+def require_equal(found: Adapter, wanted: Adapter) -> None:
+    assert (found.config, found.modules) == (wanted.config, wanted.modules)
+    assert found.carried == wanted.carried and found.tensors.keys() == wanted.tensors.keys()
+    for name, tensor in wanted.tensors.items():
+        assert found.tensors[name] is tensor or torch.equal(found.tensors[name], tensor)
+
+
+@model
+@pytest.mark.parametrize("name", sorted(SAME_NAMES))
+def test_headers_show_where_an_adapter_lands_as_peft_does(tmp_path, name):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **SMALL, head_dim=16)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    model = Checkpoint(tmp_path / "model")
+    for number, targets in enumerate(("all-linear", ["q_proj", "1.mlp.up_proj"])):
+        adapter = lora(tmp_path / str(number), model.folder, target_modules=targets)
+        file = read_adapter_file(adapter)
+        assert lands_by_headers(file, model)
+        require_equal(fitted(file, model), fitted_by_peft(file, model))
+
+
+ADAPTER_EDITS = {
+    "r": [2, 4.0, True],
+    "lora_alpha": [1e-320, 1e308, 0.5],
+    "lora_dropout": [2, None, "0.1", 0.1],
+    "target_modules": [
+        *([], ["q_proj"], ["v_proj", "q_proj"], ["q_proj", "mlp"], ["self_attn.q_proj"]),
+        *(["proj"], "all-linear", "q_proj", ["q_proj", "layers.1.self_attn.v_proj"], None),
+    ],
+    "bias": ["all", "lora_only", None],
+    "use_rslora": [True],
+    "use_dora": [True],
+    "fan_in_fan_out": [True],
+    "exclude_modules": [["v_proj"]],
+    "layers_to_transform": [[0], 1],
+    "modules_to_save": [["lm_head"]],
+    "rank_pattern": [{"v_proj": 2}],
+    "alpha_pattern": [{"v_proj": 2}],
+    "trainable_token_indices": [[1]],
+    "use_wora": [True],
+}
+MODEL_EDITS = {
+    "model_type": ["qwen3", "mistral", "gemma", "gpt2", "unheard", None],
+    "num_hidden_layers": [1, 3, "2", None],
+    "hidden_size": [32, 128, None],
+    "intermediate_size": [48, None],
+    "num_attention_heads": [2, 8, None],
+    "num_key_value_heads": [1, 4, None],
+    "head_dim": [8, 32, None],
+    "quantization_config": [{"quant_method": "gptq"}],
+}
+
+
+@st.composite
+def edits(draw: st.DrawFn, choices: Mapping[str, Sequence[object]]) -> dict[str, object]:
+    names = draw(st.lists(st.sampled_from(sorted(choices)), max_size=2, unique=True))
+    return {name: draw(st.sampled_from(choices[name])) for name in names}
+
+
+@model
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(adapter=edits(ADAPTER_EDITS), config=edits(MODEL_EDITS))
+def test_headers_never_accept_what_peft_rejects(models, corpus, adapter, config):
+    model = Checkpoint(models["untied"])
+    file = read_adapter_file(corpus["plain"][0])
+    file = replace(file, config={**file.config, **adapter})
+    model.config = {**model.config, **config}
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(model.config))
+        (Path(folder) / SINGLE).symlink_to(models["untied"] / SINGLE)
+        if lands_by_headers(file, model):
+            on_disk = Checkpoint(Path(folder))
+            require_equal(fitted(file, model), fitted_by_peft(file, on_disk))
 
 
 @model

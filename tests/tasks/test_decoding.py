@@ -24,7 +24,7 @@ from ebbline.tasks.data.batches import even_threads, in_batches, rows_meet
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring import generate, judge
 from ebbline.tasks.measuring.completions import read_completions
-from ebbline.tasks.measuring.prefix_lm import PrefixLM, require_greedy
+from ebbline.tasks.measuring.lm_tasks.prefix_model import PrefixLM, require_greedy
 from ebbline.tasks.models.adapters import with_adapter
 from ebbline.tasks.models.decoding import NO_SETTING, only, settings_not_used, shipped
 from ebbline.tasks.models.loading import Residents, load_model, load_tokenizer

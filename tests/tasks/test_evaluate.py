@@ -20,8 +20,10 @@ from lm_eval.tasks import TaskManager
 
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.evaluate import ANSWERS, PROMPTS, run
+from ebbline.tasks.measuring.grouped.layers import adapter_on
+from ebbline.tasks.measuring.lm_tasks.prefix_model import PrefixLM
 from ebbline.tasks.measuring.metrics import METRICS, read_metrics, read_samples
-from ebbline.tasks.measuring.prefix_lm import PrefixLM, plan, shared_runs
+from ebbline.tasks.measuring.prefix_lm import plan, shared_runs
 from ebbline.tasks.models.adapters import with_adapter
 from ebbline.tasks.models.loading import Residents, load_model, load_tokenizer
 from ebbline.tasks.specs import EvaluateSpec
@@ -139,6 +141,12 @@ def test_answers_equal_lm_evals_with_an_adapter_and_quantised_weights(pair, adap
     assert_equal(theirs, ours)
     assert max(abs(a[0] - b[0]) for a, b in zip(without, ours, strict=True)) > 1
     assert_equal(without, answers_of_both(model, tokenizer, requests, 16)[1])
+    residents = Residents()
+    for _ in range(2):  # put on by PEFT, then by its file alone
+        with adapter_on(model, adapter, residents) as adapted:
+            assert not hasattr(adapted, "peft_config")
+            lm = PrefixLM(pretrained=adapted, tokenizer=tokenizer, batch_size=16, backend="causal")
+            assert lm._loglikelihood_tokens(requests) == ours, "to the bit"
 
 
 def test_is_greedy_is_true_exactly_for_greedy_continuations(loaded):

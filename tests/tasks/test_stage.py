@@ -11,7 +11,16 @@ from ebbline.tasks.errors import StudyError
 from ebbline.tasks.identity import digest
 from ebbline.tasks.kinds import STAGE_KINDS, parsed_spec, request_payload
 from ebbline.tasks.specs import ApplySpec, DataSpec, ProjectSpec, TrainSpec
-from ebbline.tasks.stage import Context, Part, Request, Source, Stage, key_payload, spec_payload
+from ebbline.tasks.stage import (
+    Context,
+    FollowUp,
+    Part,
+    Request,
+    Source,
+    Stage,
+    key_payload,
+    spec_payload,
+)
 from tests.tasks.test_golden_keys import SPECS
 
 POOL = Source("a" * 64, "/data/pool.jsonl")
@@ -60,8 +69,8 @@ def test_the_order_of_the_inputs_is_irrelevant():
 
 def test_upstream_holds_stages_and_no_pinned_content():
     read = data()
-    assert train(stage=read).upstream() == [read]
-    assert data().upstream() == []
+    assert train(stage=read).upstream() == (read,)
+    assert data().upstream() == ()
 
 
 def test_a_key_hashes_the_content_of_inputs_and_every_default_of_the_spec():
@@ -126,6 +135,7 @@ def test_a_request_of_every_stage_kind_survives_json(name):
         "/o",
         "/l",
         "/s",
+        follow_ups=(FollowUp("score", {"scorer": "x"}, {"generation": ""}, {}, {}, "abc"),),
     )
     received = Request.from_json(sent.to_json())
     assert received == sent

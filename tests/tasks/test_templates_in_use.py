@@ -23,7 +23,7 @@ from ebbline.tasks.errors import DataError, EvaluationError, ModelError
 from ebbline.tasks.headers.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ebbline.tasks.measuring import generate
 from ebbline.tasks.measuring.completions import CHANGES_NOTHING, read_completions
-from ebbline.tasks.measuring.prefix_lm import PrefixLM
+from ebbline.tasks.measuring.lm_tasks.prefix_model import PrefixLM
 from ebbline.tasks.models.brought.folder import other_base
 from ebbline.tasks.models.loading import Residents, load_tokenizer
 from ebbline.tasks.specs import Chat, GenerateSpec, TrainSpec

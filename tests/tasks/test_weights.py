@@ -5,7 +5,9 @@ are then edited.
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma2Config,
 
 from ebbline.tasks.errors import ModelError
 from ebbline.tasks.headers.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ebbline.tasks.models import weights
 from ebbline.tasks.models.adapter_file import read_adapter
-from ebbline.tasks.models.weights import Checkpoint
+from ebbline.tasks.models.weights import Checkpoint, read_ahead
 from tests.tiny import Pair
 from tests.tolerance import merged, within
 
@@ -256,3 +259,19 @@ def test_a_single_file_beside_shards_is_an_error(pair, tmp_path):
     shutil.copy(pair.base / "model.safetensors", tmp_path)
     with pytest.raises(ModelError, match="are both there, and may be two models"):
         Checkpoint(tmp_path).weight(Q0)
+
+
+@pytest.mark.parametrize("waits, ahead", [([5, 5, 9, 17], []), ([5, 90, 180, 180], [2, 3])])
+def test_only_files_that_come_from_the_disk_are_read_ahead(monkeypatch, waits, ahead):
+    main, counts, by_thread = threading.get_ident(), iter(waits), list[int]()
+
+    def read(number: int) -> tuple[torch.Tensor, ...]:
+        if threading.get_ident() != main:
+            by_thread.append(number)
+        return (torch.full((3, 5), float(number)),)
+
+    monkeypatch.setattr(weights, "_waits_for_disk", lambda: next(counts))
+    found = list(read_ahead([partial(read, number) for number in range(len(waits))]))
+    assert [float(tensor[0, 0]) for (tensor,) in found] == list(range(len(waits)))
+    assert by_thread == ahead
+    assert list(read_ahead([])) == []

@@ -240,7 +240,7 @@ def test_the_message_of_a_foreign_exception_stays_in_the_attempts_log(tmp_path, 
 def test_a_hub_that_does_not_answer_is_an_endpoint_down(tmp_path):
     """Only this test has a model on a hub that does not answer."""
     code = (
-        "from ebbline.tasks.models.loading import local_path; "
+        "from ebbline.tasks.headers.hub import local_path; "
         "local_path('hub:model:nobody/nothing@' + 40 * 'a')"
     )
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}

@@ -14,7 +14,7 @@ from ebbline.tasks.chat.tokenizers import read_tokenizer, unused_beside
 from ebbline.tasks.errors import ModelError
 from ebbline.tasks.headers.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ebbline.tasks.models.adapter_file import plain_lora, read_adapter_file
-from ebbline.tasks.models.adapters import fitted
+from ebbline.tasks.models.brought.fitted import fitted
 from ebbline.tasks.models.brought.folder import TOKENIZER_FILES
 from ebbline.tasks.models.weights import Checkpoint
 from ebbline.tasks.specs import AdapterSpec, TokenizerOf

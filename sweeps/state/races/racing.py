@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebbline.cluster.store.artifacts import Artifact
+from ebbline.sweeps.state.races.whole_set import best_whole
 from ebbline.sweeps.study.points import Point, Result, StageName
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import MultipleChoiceSuite, Race
@@ -25,9 +26,9 @@ from ebbline.tasks.measuring.metrics import METRICS, Metric, joined, pooled, rea
 from ebbline.tasks.specs import GenerateSpec
 from ebbline.tasks.stage import Stage
 
-Beaten = Callable[
-    [Mapping[str, Metric]], bool
-]  # whether a rival is surely better than these metrics
+Beaten = Callable[[Mapping[str, Metric], Mapping[str, int]], bool]
+"""Whether a rival is surely better than these metrics, given the prompts that each raced suite
+has."""
 
 
 class ArtifactLookup(Protocol):
@@ -47,11 +48,15 @@ class Standing:
 
 
 class Rivals:
-    """The finished points that raced points are compared with. Their intervals are computed once.
-    It stays empty for a study in which no other point may end a race.
+    """The finished points that raced points are compared with. Their bounds are computed once. It
+    stays empty for a study in which no other point may end a race.
 
-    Arrays: `least_NM` has the lower interval bounds of N points, in the order of their numbers, for
-    M objectives that are all maximised.
+    With `race.error`, only rivals that were measured whole count, by their values. Whoever is
+    beaten would also be dominated if it were measured whole, up to that error
+    (ebbline.sweeps.state.races.whole_set). Otherwise intervals are compared.
+
+    Arrays: `least_NM` has the lower bounds of N points, in the order of their numbers, for M
+    objectives that are all maximised. `asked_NM` has the prompts that these were asked.
     """
 
     def __init__(self, study: Study) -> None:
@@ -59,8 +64,14 @@ class Rivals:
         self.compares = bool(own) and all(race.dominated for race in own)
         self._objectives, self._window = study.objectives, study.search.effective_window
         self._confidence = max((race.confidence for race in own), default=0.0)
+        errors = [race.error for race in own if race.error is not None]
+        self._error = min(errors) if errors and len(errors) == len(own) else None
+        self._blocks = {name: race.block for name, race in races(study).items() if race is not None}
         self._numbers: dict[str, list[int]] = defaultdict(list)
         self._least: dict[str, NDArray[np.float64]] = defaultdict(
+            lambda: np.empty((0, len(study.objectives)))
+        )
+        self._asked: dict[str, NDArray[np.float64]] = defaultdict(
             lambda: np.empty((0, len(study.objectives)))
         )
 
@@ -70,8 +81,14 @@ class Rivals:
             model = result.point.model
             place = bisect_left(self._numbers[model], result.number)
             self._numbers[model].insert(place, result.number)
-            least_M = [low for low, _ in self._intervals(result.metrics)]
+            own = [result.metrics[name] for name in self._objectives]
+            asked_M = [metric.items for metric in own]
+            if self._error is None:
+                least_M = [low for low, _ in self._intervals(result.metrics)]
+            else:
+                least_M = [_maximised(metric, metric.value) for metric in own]
             self._least[model] = np.insert(self._least[model], place, least_M, axis=0)
+            self._asked[model] = np.insert(self._asked[model], place, asked_M, axis=0)
 
     def before(self, number: int, point: Point) -> Beaten:
         """A test of whether metrics of point `number` are beaten in every objective, by a point of
@@ -79,12 +96,37 @@ class Rivals:
         """
         return partial(self._beat, number, point.model)
 
-    def _beat(self, number: int, model: str, metrics: Mapping[str, Metric]) -> bool:
+    def _beat(
+        self, number: int, model: str, metrics: Mapping[str, Metric], sizes: Mapping[str, int]
+    ) -> bool:
         seen = bisect_right(self._numbers[model], number - self._window)
         if not seen or any(name not in metrics for name in self._objectives):
             return False
-        most_M = np.array([high for _, high in self._intervals(metrics)])
-        return bool((most_M < self._least[model][:seen]).all(axis=1).any())
+        least_NM = self._least[model][:seen]
+        if self._error is None:
+            most_M = np.array([high for _, high in self._intervals(metrics)])
+        else:
+            of_M = [sizes.get(_suite(name), 0) for name in self._objectives]
+            least_NM = least_NM[(self._asked[model][:seen] >= np.array(of_M)).all(axis=1)]
+            most_M = np.array(self._best_whole(metrics, sizes))
+        return bool((most_M < least_NM).all(axis=1).any())
+
+    def _best_whole(self, metrics: Mapping[str, Metric], sizes: Mapping[str, int]) -> list[float]:
+        """The best value of each objective over its whole suite, up to `race.error` for all
+        objectives and all looks together.
+        """
+        raced = [name for name in self._objectives if _suite(name) in sizes]
+        looks = sum(-(-sizes[name] // self._blocks[name]) - 1 for name in map(_suite, raced))
+        error = (self._error or 0.0) / max(1, looks)
+        return [
+            _maximised(
+                metrics[name],
+                best_whole(metrics[name], sizes[_suite(name)], error)
+                if name in raced
+                else metrics[name].value,
+            )
+            for name in self._objectives
+        ]
 
     def _intervals(self, metrics: Mapping[str, Metric]) -> list[tuple[float, float]]:
         """The interval of each objective, negated when the objective is minimised."""
@@ -95,11 +137,19 @@ class Rivals:
         return found
 
 
+def _suite(objective: str) -> str:
+    return objective.rpartition(".")[0]
+
+
+def _maximised(metric: Metric, value: float) -> float:
+    return value if metric.direction == "maximise" else -value
+
+
 def standing(
     study: Study,
     stages: Mapping[str, Stage],
     lookup: ArtifactLookup,
-    beaten: Beaten = lambda metrics: False,
+    beaten: Beaten = lambda metrics, sizes: False,
 ) -> Standing:
     """The metrics of a point so far, and the stages with metrics that it needs next. A point with
     no missing stage is done.
@@ -123,6 +173,7 @@ def standing(
     racing = {name: race for name, race in races(study).items() if race is not None}
     blocks = 1 + max((name.block for name in named if name.block is not None), default=-1)
     ended: set[str] = set()
+    sizes = {suite: _limit(study, suite) for suite in racing}
     for block in range(blocks):
         metrics = _pooled(found)
         still = {
@@ -130,16 +181,17 @@ def standing(
             for suite, race in racing.items()
             if block == 0 or not _tight(suite, race, metrics)
         } - ended
-        if not still or (block > 0 and beaten(metrics)):
+        if not still or (block > 0 and beaten(metrics, sizes)):
             break
         missing = _add_block(named, block, study, lookup, found, still)
         if missing:
             return Standing(_pooled(found), tuple(missing))
-        ended |= {
-            name.part
-            for name, stage in named.items()
-            if name.block == block and name.part in still and _ends(stage, block, lookup)
-        }
+        for name, stage in named.items():
+            if name.block == block and name.part in still:
+                size = _set_size(stage, lookup)
+                sizes[name.part] = sizes[name.part] if size is None else size
+                if size is not None and (block + 1) * racing[name.part].block >= size:
+                    ended.add(name.part)
     return Standing(_pooled(found), ())
 
 
@@ -148,6 +200,11 @@ def races(study: Study) -> dict[str, Race | None]:
         name: None if isinstance(entry.measure, MultipleChoiceSuite) else entry.measure.race
         for name, entry in study.suites.items()
     }
+
+
+def _limit(study: Study, suite: str) -> int:
+    """The most prompts that a raced suite can have."""
+    return getattr(study.suites[suite].measure, "limit", None) or 0
 
 
 def _add_block(
@@ -178,20 +235,13 @@ def _add_block(
     return []
 
 
-def _ends(stage: Stage, block: int, lookup: ArtifactLookup) -> bool:
-    """Whether this is the last block of the prompt set."""
+def _set_size(stage: Stage, lookup: ArtifactLookup) -> int | None:
+    """The number of prompts in the whole suite of a measured block; None while it is unknown."""
     generation = stage.inputs["generation"]
-    if (
-        not isinstance(generation, Stage)
-        or not isinstance(generation.spec, GenerateSpec)
-        or generation.spec.block is None
-    ):
-        return False
-    artifact = lookup.artifact(generation)
+    artifact = lookup.artifact(generation) if isinstance(generation, Stage) else None
     if artifact is None:
-        return False
-    prompts = json.loads(artifact.file(GenerateSpec.PROMPTS).read_text())
-    return bool((block + 1) * generation.spec.block.size >= prompts["of"])
+        return None
+    return int(json.loads(artifact.file(GenerateSpec.PROMPTS).read_text())["of"])
 
 
 def _pooled(found: Mapping[str, Mapping[int, Metric]]) -> dict[str, Metric]:
