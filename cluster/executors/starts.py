@@ -20,7 +20,7 @@ class StartCosts:
 
     new_s: float = 8.0  # a job on a new process
     kept_s: float = 0.5  # a job on a warm process
-    gang_s: float = 23.0
+    gang_s: float = 11.0
     cluster_s: float = 4.0  # from the start of a drive to its first job
     new_after_real_gpu: bool = False  # a process with a real GPU ends with its job
 
