@@ -220,7 +220,9 @@ def test_a_study_stopped_by_its_budget_continues_to_the_same_points(tmp_path, ch
         for number, point, state, _ in all_points(found, free.database("tiny"))
     ]
 
-    home, limit_s, stops = Home(tmp_path / "home"), 2.0, []
+    # A fraction of what the whole study costs on this machine, so that it is stopped several times
+    limit_s = read_spent(free.folder("tiny")).cost.gpu_hours * 3600 / 20
+    home, stops = Home(tmp_path / "home"), []
     other = {
         "study": "other",
         "train": {**changes["train"], "learning_rate": 2e-2},
