@@ -48,10 +48,9 @@ class Hidden(importlib.abc.MetaPathFinder):
 @pytest.fixture
 def light(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[typer.Typer]:
     """The command line, imported anew where the packages of the extra do not exist."""
-    kept = dict(sys.modules)
+    kept = _imported_anew()
     for name in kept:
-        if name.partition(".")[0] in {"ebbline", *SWEEP_MODULES}:
-            del sys.modules[name]
+        del sys.modules[name]
     monkeypatch.setattr(sys, "meta_path", [Hidden(), *sys.meta_path])
     monkeypatch.chdir(tmp_path)
     try:
@@ -59,8 +58,16 @@ def light(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[typer.Typ
 
         yield app
     finally:
-        sys.modules.clear()
+        # Other modules stay: fontTools.subset changes the classes of modules that it imports
+        for name in _imported_anew():
+            del sys.modules[name]
         sys.modules.update(kept)
+
+
+def _imported_anew() -> dict[str, ModuleType]:
+    """The imported modules that a light installation lacks, and ebbline's own."""
+    again = {"ebbline", *SWEEP_MODULES}
+    return {name: sys.modules[name] for name in sys.modules if name.partition(".")[0] in again}
 
 
 def commands(app: typer.Typer) -> dict[str, click.Command]:

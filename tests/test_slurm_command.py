@@ -284,7 +284,8 @@ def job(tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
             **settings,
         }
         return subprocess.Popen(
-            ["bash", str(path)],
+            # A process that a script started in the background ignores SIGINT, and so do its own
+            ["env", "--default-signal=INT", "bash", str(path)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
