@@ -31,6 +31,9 @@ from ebbline.sweeps.study.axes import Range
 from ebbline.sweeps.study.points import Result, Value, brought
 from ebbline.sweeps.study.study import Study
 
+# The second process of a report imports this module alone, without ebbline.sweeps.state.trials
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
 MODEL = "model"
 FEWEST, FEW = 10, 50
 TREES = 32

@@ -4,6 +4,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import optuna
 import pytest
 from matplotlib.figure import Figure
 
@@ -36,6 +37,8 @@ def test_the_second_process_makes_what_this_one_would(tmp_path: Path) -> None:
         assert there().read_bytes() == here.read_bytes()
         with pytest.raises(ValueError, match="no number"):
             failing()
+        # A run's output is not for Optuna's notes
+        assert second.start(optuna.logging.get_verbosity)() == optuna.logging.WARNING
         local = second.start(lambda: 5)  # it cannot be pickled
         dead = second.start(os._exit, 3) if pid() != os.getpid() else None
         after = second.start(len, "abc")
