@@ -213,6 +213,7 @@ class Request:
     cache_gb: float = 100.0
     pack: str = ""
     pack_share: float = 1.0
+    alone: bool = False  # it was lost with others: it forms no group
     # Input -> digest of each of its files, where a record of the store lists them. The workplace
     # fills it in; the inputs of a request without it are not checked.
     recorded: Mapping[str, Mapping[str, str]] | None = None

@@ -210,6 +210,16 @@ def test_dropping_all_is_the_aligned_model_and_embeddings_and_conv1d_are_defende
         assert bool((was < 0).any())
 
 
+@pytest.mark.parametrize("method", ["safe_lora", "drop", "subspace_removal"])
+def test_two_adapters_have_the_outcomes_that_each_has_alone(pair, made, tmp_path, method):
+    two = [made / "adapter", made / "rslora"]
+    together = defend(two, tmp_path / "two", method=method, **models(pair))
+    for adapter, done in zip(two, together, strict=True):
+        (alone,) = defend(adapter, tmp_path / adapter.name, method=method, **models(pair))
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (done.out / name).read_bytes() == (alone.out / name).read_bytes()
+
+
 def test_a_bfloat16_adapter_keeps_its_dtype(pair, tmp_path):
     adapter = lora(tmp_path / "adapter", pair.aligned, dtype=torch.bfloat16)
     safety = lora(tmp_path / "safety", pair.aligned, r=2)

@@ -121,7 +121,7 @@ class Runner:
 
     def _take_back(self, node: Node, key: str, reused: bool) -> None:
         """Settle the new node of a stage that was let go, unless its artifact was removed since."""
-        artifact = self.store.find(node.stage.kind, key)
+        artifact = self._whole_artifact(node.stage.kind, key)
         if artifact is not None:
             node.key = key
             self._by_key.setdefault(key, []).append(node)
@@ -279,7 +279,9 @@ class Runner:
     def _has_committed(self, item: Running) -> bool:
         """Whether the current stage of a job has a record."""
         at = next((key for key in item.keys if self._by_key[key][0].state == "running"), None)
-        return at is not None and self.store.find(self._by_key[at][0].stage.kind, at) is not None
+        return (
+            at is not None and self._whole_artifact(self._by_key[at][0].stage.kind, at) is not None
+        )
 
     def remaining_s(self) -> float:
         """The expected seconds until all added stages are done: the longest chain, or all work
@@ -330,14 +332,9 @@ class Runner:
             same_key.append(node)
         artifact = self._whole_artifact(node.stage.kind, node.key)
         attempt = self._follow_ups.attempt(node)
-        before = len(self._reruns)
         if artifact is None and self._waits_for_reruns(node):
-            # This stage is checked again once its reruns are done
-            if len(self._reruns) > before:
-                rerun = [each for key in self._reruns for each in self._by_key[key]]
-                self._unsettled |= {each.stage.lineage: each for each in rerun}
-                self._due |= dict.fromkeys(rerun)
-        elif artifact is not None:
+            return  # it is checked again once its reruns are done
+        if artifact is not None:
             # A record of another attempt was in the store before
             ran = attempt is not None and artifact.folder == attempt
             if ran:
@@ -383,7 +380,10 @@ class Runner:
                 # Only artifacts from stages outside packs are dropped, so they run unpacked again.
                 self._starter.unpacked.add(above.key)
                 for each in self._by_key[above.key]:
-                    self._move(each, "waiting")
+                    if each.state == "done":
+                        self._move(each, "waiting")
+                        self._unsettled[each.stage.lineage] = each
+                        self._due[each] = None
             waits = True
         return waits
 
@@ -439,8 +439,13 @@ class Runner:
             return
         self._hangs_checked_at = now
         for item in list(self.running.values()):
-            at = next((key for key in item.keys if self._by_key[key][0].state == "running"), "")
-            signal = (at, self.timing.last_progress(self._by_key[at][0]) if at else {})
+            # All open stages: a group reports the progress of any of its members
+            open_nodes = [self._by_key[key][0] for key in item.keys]
+            open_nodes = [node for node in open_nodes if node.state == "running"]
+            signal = (
+                " ".join(node.key for node in open_nodes),
+                {node.key: self.timing.last_progress(node) for node in open_nodes},
+            )
             silent_s = now - item.signal_at
             if signal != item.signal or not self.executor.begun(item.job):
                 item.signal, item.signal_at = signal, now
@@ -538,5 +543,6 @@ class Runner:
             request = f"{self.store.url(attempt)}/log/request.json"
             command = f"ebbline rerun {shlex.quote(request)}"
         for node in nodes:
+            self._reruns.discard(node.key)
             node.failure = Failure(reason, command, invalid_input=invalid_input)
             self._move(node, "failed")

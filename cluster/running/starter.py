@@ -301,6 +301,7 @@ class Starter:
             checkpoint_every_s=self._setup.profile.checkpoint_every_s,
             pack=pack,
             pack_share=share,
+            alone=node.key in self.unpacked,
             killed=self._setup.retry_policy.killed(node.key),
             load=load_record(self._setup.estimates.load(node.stage)),
         )

@@ -6,11 +6,10 @@ counted seconds, in the narrowest category that has measurements. During a run i
 by the run's pace (ebbline.cluster.schedule.pace).
 """
 
-import copy
 import itertools
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +24,7 @@ from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.kinds import STAGE_KINDS, kind_named
 from ebbline.tasks.models.model_work import guessed_models
+from ebbline.tasks.specs import GenerateSpec
 from ebbline.tasks.stage import Stage
 from ebbline.tasks.stage_kind import Load
 
@@ -55,6 +55,7 @@ class Estimates:
         self._is_read = False
         self._starts = Starts(start_costs)
         self.seconds_by_key: dict[str, float] = {}  # measured, of the records of earlier runs
+        self.generations: set[str] = set()  # keys, of the same records
         self._learnt: set[bytes] = set()  # keys
         # Category -> counted seconds -> measured over counted seconds
         self._factors: dict[Category, dict[float, deque[float]]] = defaultdict(dict)
@@ -71,8 +72,8 @@ class Estimates:
         self._number_of: dict[str, dict[tuple[int, str | None], int]] = defaultdict(dict)
         self._predictions: dict[int, float] = {}  # by number, until the next measurement
         self._adapters: list[str] = []  # contents of defended adapters
-        # The factors of earlier runs alone, with which a run's pace is compared
-        self._earlier: Mapping[Category, Mapping[float, deque[float]]] = {}
+        # The same of this run. Those of earlier runs count times its pace, these as they are
+        self._of_run = self._factors  # until the earlier ones are read
         self._paces: dict[Category, Pace] = defaultdict(Pace)
 
     def _read(self) -> None:
@@ -81,8 +82,10 @@ class Estimates:
             for kind in STAGE_KINDS:
                 for artifact in itertools.islice(self._store.all(kind), READ):
                     self.seconds_by_key[artifact.key] = _measured_s(artifact)
+                    if kind == GenerateSpec.KIND:
+                        self.generations.add(artifact.key)
                     self._learn(artifact)
-            self._earlier = copy.deepcopy(self._factors)
+            self._of_run = defaultdict(dict)
             self._and_starts(self)
 
     @property
@@ -123,15 +126,17 @@ class Estimates:
         else:
             counted = _counted(Load(**provenance["load"]), gpus, gpu_type)
             *own, machine = categories
-            predicted_by = next((each for each in own if each in self._earlier), None)
-            if predicted_by is not None:
-                usual_s = counted * _interpolated(self._earlier[predicted_by], counted)
+            predicted_by = next((each for each in own if each in self._factors), None)
+            # A generation's seconds are its share of a group, a packed training's those of a pack:
+            # with other neighbours they differ although the machine is the same
+            shared = artifact.kind == GenerateSpec.KIND or "packed" in provenance
+            if self._of_run is not self._factors and predicted_by is not None and not shared:
+                usual_s = counted * _interpolated(self._factors[predicted_by], counted)
                 self._paces[machine].learn(usual_s, seconds)
-            factor = seconds / counted / self._paces[machine].factor
             for category in categories:
-                self._factors[category].setdefault(
+                self._of_run[category].setdefault(
                     _rounded(counted), deque(maxlen=REMEMBERED)
-                ).append(factor)
+                ).append(seconds / counted)
         self._predictions.clear()
 
     @property
@@ -198,7 +203,8 @@ class Estimates:
         return not any(
             NEAR[0] <= each / counted <= NEAR[1]
             for category in own
-            for each in self._factors.get(category, ())
+            for measured in (self._factors, self._of_run)
+            for each in measured.get(category, ())
         )
 
     def measured(self, stage: Stage, needs: Needs) -> bool:
@@ -206,7 +212,11 @@ class Estimates:
         self._read()
         gpu_type = named_type(needs) or self.gpu_type
         *own, _ = _categories(stage.kind, vars(stage.spec), needs.gpus, gpu_type)
-        return any(category in self._factors or category in self._uncounted for category in own)
+        return any(
+            category in measured
+            for category in own
+            for measured in (self._factors, self._of_run, self._uncounted)
+        )
 
     def _number(self, stage: Stage, gpus: int, gpu_type: str | None) -> int:
         counted = _counted(self.load(stage), gpus, gpu_type)
@@ -220,14 +230,26 @@ class Estimates:
         *own, machine = categories
         pace = self._paces[machine].factor if machine in self._paces else 1.0
         for category in own:
-            if category in self._factors:
-                return counted * pace * _interpolated(self._factors[category], counted)
+            if category in self._factors or category in self._of_run:
+                return counted * self._factor(category, counted, pace)
         for category in own:
             if category in self._uncounted:
                 return _mean(self._uncounted[category])
-        if machine in self._factors:
-            return counted * pace * _interpolated(self._factors[machine], counted)
+        if machine in self._factors or machine in self._of_run:
+            return counted * self._factor(machine, counted, pace)
         return counted
+
+    def _factor(self, category: Category, counted: float, pace: float) -> float:
+        """The factor of a category for a work of `counted` seconds, from earlier runs and this."""
+        earlier, now = self._factors.get(category, {}), self._of_run.get(category, {})
+        near = _neighbours(earlier.keys() | now.keys(), counted)
+        return _interpolated(
+            {
+                each: [*(pace * factor for factor in earlier.get(each, ())), *now.get(each, ())]
+                for each in near
+            },
+            counted,
+        )
 
 
 def _measured_s(artifact: Artifact) -> float:
@@ -273,8 +295,7 @@ def _interpolated(factors: Mapping[float, Iterable[float]], counted: float) -> f
     """The factor for a work of `counted` seconds: log-log interpolation between the next smaller
     and the next larger measured work. Beyond the ends it is constant.
     """
-    below = max((each for each in factors if each <= counted), default=min(factors))
-    above = min((each for each in factors if each >= counted), default=max(factors))
+    below, above = _neighbours(factors, counted)
     if below >= above:
         return _mean(factors[below])
     share = math.log(counted / below) / math.log(above / below)
@@ -284,6 +305,13 @@ def _interpolated(factors: Mapping[float, Iterable[float]], counted: float) -> f
         if min(low, high) <= 0.0
         else math.exp((1 - share) * math.log(low) + share * math.log(high))
     )
+
+
+def _neighbours(measured: Collection[float], counted: float) -> tuple[float, float]:
+    """The next smaller and the next larger measured work; at the ends one of them twice."""
+    below = max((each for each in measured if each <= counted), default=min(measured))
+    above = min((each for each in measured if each >= counted), default=max(measured))
+    return below, above
 
 
 def _mean(values: Iterable[float]) -> float:

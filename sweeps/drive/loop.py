@@ -225,7 +225,7 @@ class _Drive:
         """
         if len(self.runner.nodes) >= self.let_go_at:
             open_points = (*self.in_flight, *self.further.in_flight, *self.reloading)
-            needed = [stage for entry in open_points for stage in entry.requested]
+            needed = [stage for entry in open_points for stage in entry.stages.values()]
             self.graph.forget(self.runner.let_go([*self.baselines, *needed]))
             self.let_go_at = max(LET_GO_AT, LET_GO_GROWTH * len(self.runner.nodes))
 

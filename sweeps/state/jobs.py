@@ -93,6 +93,8 @@ def _learn_starts(estimates: Estimates, home: Home, kind: ExecutorKind) -> None:
         for job in jobs:
             if not all(key in estimates.seconds_by_key for key in job.keys):
                 continue  # a stage of the job has no artifact, so its run time is unknown
+            if not estimates.generations.isdisjoint(job.keys):
+                continue  # the ledger does not list the scores that ran in the same job
             seconds = (
                 job.end_s - job.start_s - sum(estimates.seconds_by_key[key] for key in job.keys)
             )

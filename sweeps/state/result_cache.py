@@ -81,9 +81,13 @@ class ResultCache:
             text = "".join(
                 f"{each}\n" for each in (self._header, *(f.text for f in found.values()))
             )
-            with contextlib.suppress(OSError):  # it only saves time
-                if not self._path.exists() or self._path.read_text() != text:
-                    write_whole(self._path, lambda fresh: fresh.write_text(text))
+            try:
+                if not self._path.exists() or self._path.read_bytes() != text.encode():
+                    write_whole(self._path, lambda fresh: fresh.write_bytes(text.encode()))
+            except OSError:  # it only saves time; a later line must not stand below an old header
+                self._enabled = False
+                with contextlib.suppress(OSError):
+                    self._path.unlink(missing_ok=True)
         return {number: line.result for number, line in found.items()}
 
     def begin(self, number: int, stages: Iterable[Stage], lookup: ArtifactLookup) -> None:

@@ -21,6 +21,7 @@ from ebbline.sweeps.study.policies import (
     SURROGATE_AXES,
     TPE_POINTS,
     Budget,
+    Constraints,
     Name,
     Replicates,
     Sampler,
@@ -271,6 +272,26 @@ class Study(Frozen):
                 f"replicates.at_least: {self.replicates.at_least}, but the study has "
                 f"{len(self.seeds)} seeds"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _races_keep_their_error(self) -> Self:
+        """The stated error is one of objectives, over the blocks of a point's first seeds."""
+        for name, entry in self.suites.items():
+            race = getattr(entry.measure, "race", None)
+            if race is None or race.error is None or not race.dominated:
+                continue
+            where = f"suites.{name}.measure.race.error"
+            if self.replicates.policy == "near_frontier":
+                raise ValueError(
+                    f"{where}: a race with further seeds near the frontier would look again with "
+                    "the whole error. Leave `error` out, or set replicates.policy to all"
+                )
+            if self.search.constraints != Constraints():
+                raise ValueError(
+                    f"{where}: a point that misses search.constraints may end the race of one that "
+                    "holds them. Leave `error` or the constraints out"
+                )
         return self
 
     @property

@@ -99,3 +99,31 @@ def test_only_a_pace_that_matters_is_named():
     assert [pace_sentence(factor) for factor in (0.9, 1.0, 1.2)] == ["", "", ""]
     assert pace_sentence(1.84) == "stages take 1.8 times as long as earlier ones did"
     assert pace_sentence(0.5) == "stages take 0.5 times as long as earlier ones did"
+
+
+def test_one_earlier_record_and_a_slower_run_predict_what_the_run_takes(tmp_path):
+    """The measurements of this run count as they are, not times its pace."""
+    store = Store(tmp_path)
+    usual_s = counted(train(steps=100))
+    record(store, train(steps=100), usual_s)
+    estimates = Estimates(store)
+    for seed in range(1, 31):
+        stage = train(steps=100, seed=seed)
+        estimates.learn([record(store, stage, 3 * usual_s)])
+        assert estimates.seconds(train(steps=100, seed=99)) <= 3 * usual_s * (1 + 1e-9)
+    assert estimates.seconds(train(steps=100, seed=99)) == pytest.approx(3 * usual_s)
+
+
+def test_shares_of_a_group_say_nothing_about_the_machine(tmp_path):
+    store = Store(tmp_path)
+    generate = one_of_each()[8]
+    assert generate.kind == "generate"
+    record(store, generate, 10.0)
+    training = train(steps=100)
+    record(store, training, 100.0)
+    estimates = Estimates(store)
+    for seed in range(4 * ENOUGH):
+        again = Stage(generate.spec.model_copy(update={"limit": seed + 1}), generate.inputs)
+        estimates.learn([record(store, again, 2.0)])
+    assert estimates.pace == 1.0
+    assert estimates.seconds(train(steps=100, seed=1)) == pytest.approx(100.0)

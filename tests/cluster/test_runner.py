@@ -403,6 +403,23 @@ def test_a_job_with_progress_is_not_cancelled(store, pool, clock):
     assert executor.cancelled == [] and len(executor.jobs) == 1
 
 
+def test_progress_of_any_stage_of_a_batch_is_progress_of_the_job(store, pool, clock):
+    """A group of generations reports the progress of its later members."""
+    executor, stages = Silent(), [rows(5, pool), rows(6, pool)]
+    runner = Runner(store, executor, profile=PATIENCE)
+    runner.add(stages)
+    runner.step(0.0)
+    first, second = (runner.nodes[stage.lineage] for stage in stages)
+    for item in runner.running.values():
+        item.keys[:] = [first.key, second.key]
+    while clock.now < 2.5 * PATIENCE.hang_after_s:
+        path = second.attempt / "log" / "progress.json"
+        path.write_text(json.dumps({"done": 1, "total": 9, "note": "", "seconds": clock.now}))
+        runner.step(0.0)
+        clock.sleep(0.1)
+    assert executor.cancelled == []
+
+
 def test_a_job_that_waits_for_resources_does_not_count_as_hung(store, pool, clock):
     executor, stage = Silent(), rows(5, pool)
     runner, executor.queued = Runner(store, executor, profile=PATIENCE), True

@@ -211,6 +211,21 @@ def test_a_study_in_which_no_other_point_ends_a_race_keeps_no_rivals(tmp_path, m
     assert not rivals.compares and not rivals.before(9, POINT)(rates(2, 2), SIZES)
 
 
+@pytest.mark.parametrize(
+    ("other", "fault"),
+    [
+        ({"seeds": [0, 1], "replicates": {"policy": "near_frontier"}}, "with further seeds"),
+        ({"search/constraints": {"gpu_hours": 2.0}}, "misses search.constraints"),
+    ],
+)
+def test_a_stated_error_that_would_not_hold_is_an_error(tmp_path, other, fault):
+    measure = {"kind": "refusal", "limit": 100, "race": {"block": 20, "error": 0.01}}
+    with pytest.raises(StudyError, match=rf"measure\.race\.error: .*{fault}"):
+        study(tmp_path, {"suites/refusal/measure": measure, **other})
+    measure["race"] = {"block": 20, "error": 0.01, "dominated": False, "width": 0.1}
+    assert study(tmp_path, {"suites/refusal/measure": measure, **other})
+
+
 def test_a_race_without_a_limit_is_an_error(tmp_path):
     with pytest.raises(StudyError, match="`race` needs `limit`"):
         study(tmp_path, {"suites/refusal/measure": {"kind": "refusal", "race": {"block": 20}}})

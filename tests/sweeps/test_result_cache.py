@@ -181,6 +181,23 @@ def test_a_retried_or_lost_point_is_not_cached(own):
         assert set(cache.read(changed)) == {0, 1, 3, 4, 5}
 
 
+def test_no_line_is_written_below_the_header_of_another_study(own, monkeypatch):
+    """The file of an earlier form of the study could not be replaced."""
+    study, home, _ = own
+    entries, _ = read(study, home.database("tiny"))
+    path, changed = home.path("tiny") / NAME, study.model_copy(update={"seeds": (1,)})
+
+    def full(*arguments: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(result_cache, "write_whole", full)
+    cache = ResultCache(changed, home.store, home.path("tiny"))
+    assert cache.read_to_write(entries) == {} and not path.exists()
+    cache.add(entries[0], replace(own[2][0], status="done"))
+    cache.close()
+    assert not path.exists()
+
+
 @settings(max_examples=30)
 @given(st.data())
 def test_a_file_that_is_cut_or_damaged_anywhere_gives_no_wrong_result(
@@ -195,6 +212,8 @@ def test_a_file_that_is_cut_or_damaged_anywhere_gives_no_wrong_result(
         try:
             path.write_bytes(text)
             found = ResultCache(study, home.store, home.path("tiny")).read(entries)
+            written = ResultCache(study, home.store, home.path("tiny")).read_to_write(entries)
+            assert written.keys() == found.keys()
         finally:
             path.write_bytes(whole)
         expected = dict(enumerate(results_without_duplicates(results)))

@@ -45,6 +45,8 @@ def test_a_minimised_rate_has_the_mirrored_bound_and_undecided_samples_count_as_
     unsure = min(unsure, 20 - bad)
     lowest = best_whole(Metric("over_refusal_rate", bad, 20, unsure), 50, 0.01)
     assert abs(lowest - (1 - best_whole(Metric("refusal_rate", 20 - bad, 20), 50, 0.01))) < ROUNDING
+    whole = Metric("over_refusal_rate", bad, 50)
+    assert best_whole(whole, 50, 0.01) == whole.value, "an equal rate is an equal number"
     undecided = best_whole(Metric("refusal_rate", bad, 20, unsure), 50, 0.01)
     assert undecided == best_whole(Metric("refusal_rate", bad + unsure, 20), 50, 0.01)
 

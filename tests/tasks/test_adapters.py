@@ -256,7 +256,7 @@ ADAPTER_EDITS = {
     "use_dora": [True],
     "fan_in_fan_out": [True],
     "exclude_modules": [["v_proj"]],
-    "layers_to_transform": [[0], 1],
+    "layers_to_transform": [[0], 0, 1],
     "modules_to_save": [["lm_head"]],
     "rank_pattern": [{"v_proj": 2}],
     "alpha_pattern": [{"v_proj": 2}],

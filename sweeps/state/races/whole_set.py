@@ -28,12 +28,14 @@ def best_whole(metric: Metric, of: int, error: float) -> float:
     good = metric.successes + metric.undecided if up else metric.n - metric.successes
     share, n = good / metric.n, round(metric.items)
     if n >= of:
-        most = share
+        count, whole = float(good), float(metric.n)
     elif metric.squares is None and len(metric.seeds) <= 1:
-        most = _most_of(round(good), n, of, error) / of
+        count, whole = float(_most_of(round(good), n, of, error)), float(of)
     else:
-        most = min(1.0, share + math.sqrt((1 - (n - 1) / of) * math.log(1 / error) / (2 * n)))
-    return most if up else 1 - most
+        beyond = math.sqrt((1 - (n - 1) / of) * math.log(1 / error) / (2 * n))
+        count, whole = min(1.0, share + beyond), 1.0
+    # Of a minimised metric the bad ones are divided, so that equal rates are equal numbers
+    return count / whole if up else (whole - count) / whole
 
 
 @lru_cache(maxsize=4096)

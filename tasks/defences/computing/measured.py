@@ -130,8 +130,10 @@ def measure(
         for number, outcome in found.items():
             rows[number][module] = row_of(outcome)
             if isinstance(outcome, MeasuredProjection):
+                # Copies: adapters may share what is kept, and a file holds no tensor twice
                 kept |= {
-                    f"{number}.{name}": tensor.contiguous() for name, tensor in outcome.kept.items()
+                    f"{number}.{name}": tensor.clone(memory_format=torch.contiguous_format)
+                    for name, tensor in outcome.kept.items()
                 }
         if kept:
             files[module] = folder / f"{len(files)}.safetensors"

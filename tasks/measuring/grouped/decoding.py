@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ebbline.tasks.measuring.grouped.layers import ManyAdapters, NotAlike
 
+LENGTHS = 64  # tokens
 COMPACT_AT = 0.75  # rows are moved together once this share of them is left
 READ_TOKENS = 1024  # of prompts that are read together; more do not fit in a processor's cache
 
@@ -191,7 +192,7 @@ class Decoder:
             self._set_rows([each.adapter for each in blocks for _ in range(usual)], usual)
             return self._forward(ids, mask, cache)
 
-        return self._proved(together, alone, usual, (len(ids), ids.shape[1]))
+        return self._proved(together, alone, usual, (len(ids), ids.shape[1]), ids.shape[1])
 
     def _take(self, step: _Step, rows: Sequence[_Row], logits: torch.Tensor) -> None:
         """Add the most likely token to each open row, and to the next step's input."""
@@ -232,7 +233,7 @@ class Decoder:
             self._set_rows(step.adapters, usual)
             return self._forward(step.tokens, step.mask, self._cache(step.layers))
 
-        return self._proved(together, alone, usual, (size, 1))
+        return self._proved(together, alone, usual, (size, 1), step.mask.shape[1])
 
     def _proved(
         self,
@@ -240,11 +241,14 @@ class Decoder:
         alone: Callable[[], torch.Tensor],
         usual: int,
         shape: tuple[int, int],
+        length: int,
     ) -> torch.Tensor:
-        """The result of `together`, of `shape` (rows, tokens). Raises NotAlike if its last rows
-        differ from `alone`.
+        """The result of `together`, of `shape` (rows, tokens), which attends over `length` tokens.
+        Raises NotAlike if its last rows differ from `alone`.
         """
-        known = shape, usual, self._model.device, torch.get_num_threads()
+        # A kernel of attention may follow from the length too: compared again every LENGTHS
+        block = -(-length // LENGTHS)
+        known = shape, block, usual, self._model.device, torch.get_num_threads()
         if shape[0] == usual or known in self._proven:
             return together()
         expected = alone()

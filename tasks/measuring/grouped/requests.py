@@ -19,6 +19,7 @@ def group_name(request: Request) -> str:
     spec = request.spec
     if (
         request.kind != GenerateSpec.KIND
+        or request.alone
         or "model" not in request.inputs
         or request.gpus > 1
         or spec.get("backend", "transformers") != "transformers"

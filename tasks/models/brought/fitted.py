@@ -124,6 +124,8 @@ def _targets(config: Mapping[str, Any]) -> list[str]:
     changed = [name for name, value in config.items() if value and name not in _NEUTRAL]
     if changed not in ([], ["bias"]) or config.get("bias", "none") != "none":
         return []
+    if config.get("layers_to_transform") == 0:  # the first layer alone
+        return []
     dropout = config.get("lora_dropout", 0.0)
     if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
         return []

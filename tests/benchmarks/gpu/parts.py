@@ -1,7 +1,8 @@
 """What `make gpu-check` measures: one function for each part, which yields a row for each figure.
 
 ebbline's sides are ebbline's own engines and stages. The baselines use PEFT and transformers as
-their documentation does. A row may have `ratios`; above one they are in ebbline's favour. Clocks
+their documentation does. A row may have `ratios`: the baseline's time or work over ebbline's where
+there is a baseline, else the time of the first named over that of the second. Clocks
 are read after the device has finished, and after a first step or batch that is not timed.
 """
 

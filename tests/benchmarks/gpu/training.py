@@ -170,7 +170,9 @@ def peft_one_by_one(
             if count == 1:
                 started = now(device)
             ids = torch.tensor([row.ids for row in step[number]], device=device)
-            loss = tuned(input_ids=ids, labels=ids).loss
+            # As the Trainer's `bf16`: peft makes norms, embeddings and the head float32
+            with torch.autocast(torch.device(device).type, torch.bfloat16):
+                loss = tuned(input_ids=ids, labels=ids).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimiser.step()
