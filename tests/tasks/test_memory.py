@@ -299,6 +299,7 @@ def test_the_largest_pack_that_fits_has_the_micro_batch_of_one_training(memory_g
     assert most_packed(LLAMA_2["7b"], spec, 4.0, 1000) == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(
     ranks=st.lists(st.sampled_from([4, 8, 16, 64, 256]), min_size=1, max_size=40),
