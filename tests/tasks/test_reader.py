@@ -74,6 +74,7 @@ tables = st.lists(names, min_size=2, max_size=4, unique=True).flatmap(
 )
 
 
+@pytest.mark.slow
 @given(rows=tables, mark=st.sampled_from(["", "\ufeff"]), newline=st.sampled_from(["\n", "\r\n"]))
 @SAME_FOLDER
 def test_rows_are_the_same_in_every_format(tmp_path, rows, mark, newline):
