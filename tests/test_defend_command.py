@@ -16,12 +16,13 @@ from ebbline.cli import app
 from ebbline.commands.defended.defend import RECORD, DefendedAdapter, defend
 from ebbline.commands.project import project
 from ebbline.tasks.defences import subspace
+from ebbline.tasks.defences.computing.factors import effect as effect_of
 from ebbline.tasks.defences.computing.writing import update_of
 from ebbline.tasks.defences.projectors import alignment_basis
 from ebbline.tasks.errors import ModelError, ProjectionError
 from ebbline.tasks.headers.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ebbline.tasks.models.adapter_file import read_adapter
-from tests.tasks.test_weights import SMALL, built, lora
+from tests.tasks.test_weights import SMALL, built, edited, lora
 from tests.tiny import Pair
 from tests.tolerance import merged, within
 
@@ -218,6 +219,46 @@ def test_two_adapters_have_the_outcomes_that_each_has_alone(pair, made, tmp_path
         (alone,) = defend(adapter, tmp_path / adapter.name, method=method, **models(pair))
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             assert (done.out / name).read_bytes() == (alone.out / name).read_bytes()
+
+
+def test_the_record_describes_the_saved_updates(pair, tmp_path):
+    adapter = lora(tmp_path / "adapter", pair.aligned, dtype=torch.bfloat16)
+    knobs = {"threshold": 1.0}
+    done = defend(
+        adapter, tmp_path / "out", method="safe_lora", knobs=knobs, controls=True, **models(pair)
+    )
+    for each in done:
+        saved = read_adapter(each.out)
+        for module, found in each.effects.items():
+            assert found == effect_of(
+                update_of(read_adapter(adapter), module), update_of(saved, module)
+            )
+
+
+def test_a_module_without_a_direction_to_remove_is_not_changed(pair, made, tmp_path):
+    (done,) = defend(
+        made / "adapter", tmp_path / "k", method="subspace_removal", knobs={"k": 1}, **models(pair)
+    )
+    before, after = read_adapter(made / "adapter"), read_adapter(done.out)
+    same = {
+        module
+        for module in before.modules
+        if torch.equal(update_of(before, module).lora_B_OR, update_of(after, module).lora_B_OR)
+    }
+    assert same and set(done.changed) == before.modules.keys() - same
+
+
+def test_columns_that_the_dtype_would_lose_are_an_error(pair, tmp_path):
+    def shrink(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            if "lora_B" in name:
+                tensors[name] *= 1e-5
+
+    large = lora(tmp_path / "large", pair.aligned, dtype=torch.float16)
+    adapter = edited(tmp_path / "adapter", large, shrink)
+    with pytest.raises(ProjectionError, match=r"beyond the range of torch.float16; save"):
+        defend(adapter, tmp_path / "out", method="subspace_removal", **models(pair))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_bfloat16_adapter_keeps_its_dtype(pair, tmp_path):

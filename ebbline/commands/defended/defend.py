@@ -259,20 +259,26 @@ class _Making:
     inputs: Inputs
 
     def write(self, setting: Values, arm: Arm, fresh: Path, out: Path) -> DefendedAdapter:
-        take = self.method.chosen(self.rows, setting)
+        take = frozenset(
+            module
+            for module in self.method.chosen(self.rows, setting)
+            if self.method.changes(self._measured(module), setting)
+        )
         if arm.control is not None:
             take = arm.control.chosen(take, self.rows, arm.draw or 0)
-        changed, effects = dict[str, Factors](), dict[str, Effect]()
+        changed = dict[str, Factors]()
         for module in sorted(take):
             measured = self._measured(module)
-            new = (
+            changed[module] = (
                 self.method.defended(measured, setting)
                 if arm.control is None
                 else arm.control.controlled(self.method, measured, setting, arm.draw or 0)
             )
-            changed[module], effects[module] = new, effect(measured.update, new)
         fresh.mkdir(parents=True)
-        write_defended(self.adapter, changed, fresh)
+        stored = write_defended(self.adapter, changed, fresh)
+        effects = {
+            module: effect(update_of(self.adapter, module), new) for module, new in stored.items()
+        }
         notes = tuple(_notes(self.adapter, self.rows))
         done = DefendedAdapter(
             str(self.adapter.folder),

@@ -98,6 +98,10 @@ class Method(ABC):
     def chosen(self, rows: Mapping[str, ModuleRow], setting: Values) -> frozenset[str]:
         """The modules that a setting changes. Raises ProjectionError for an impossible setting."""
 
+    def changes(self, module: Measured, setting: Values) -> bool:
+        """Whether a setting changes a chosen module, once it is measured."""
+        return True
+
     @abstractmethod
     def defended(self, module: Measured, setting: Values) -> "Factors":
         """The new update of a chosen module, computed in float32."""

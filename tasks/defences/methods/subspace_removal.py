@@ -19,9 +19,10 @@ class RemoveDirections(Method):
 
     V_OI = W_aligned - W_base = sum s_i u_i w_i^T, largest s_i first, and c_i = u_i^T dW w_i.
     Alignment moved the model by s_i > 0 along u_i w_i^T, so a negative c_i undoes alignment there.
-    The u_i w_i^T are orthonormal, so every c_i of the result is zero or positive. It is ebbline's
-    own: V's length does not matter, and what points with alignment stays, unlike under Safe LoRA's
-    C. The directions themselves are those of LoX's SVD_k(V).
+    The u_i w_i^T are orthonormal, so every c_i of the result is zero or positive, up to the
+    rounding of the adapter's dtype. It is ebbline's own: V's length does not matter, and what
+    points with alignment stays, unlike under Safe LoRA's C. The directions themselves are those of
+    LoX's SVD_k(V).
 
     Knob: k, from 0 (the adapter); all modules. Shapes: B' = [B, -c_i u_i], A' = [A; w_i^T], of rank
     R plus the number of removed directions, at most R + k. The scale is unchanged. Errors:
@@ -57,11 +58,12 @@ class RemoveDirections(Method):
             return frozenset()
         return frozenset(module for module, row in rows.items() if row.cosine is not None)
 
+    def changes(self, module: Measured, setting: Values) -> bool:
+        return bool((module.kept[COMPONENTS][: _k(setting)] < 0).any())
+
     def defended(self, module: Measured, setting: Values) -> "Factors":
         components_K = module.kept[COMPONENTS][: _k(setting)]
         negative_K = (components_K < 0).nonzero().flatten()
-        if not len(negative_K):
-            return module.update
         removed_K = components_K[negative_K]
         b_OK = -module.kept[LEFT][:, negative_K] * removed_K
         return module.update.joined(
