@@ -1,4 +1,4 @@
-"""The nodes that are ready, and the scheduler's queue of those that may start.
+"""The ready nodes, and the scheduler's queue: the ready nodes that may start now.
 
 Nothing here is done for every ready node at every turn: a node is read when its state changes, and
 a few of the others each turn, because estimates change.
@@ -29,13 +29,13 @@ class ReadyNodes:
         stage_of: Callable[[Node, float, float], ReadyStage],
     ) -> None:
         self.nodes: dict[str, Node] = {}
-        self.queue = ReadyQueue()  # those that may start
+        self.queue = ReadyQueue()  # the ready nodes that may start now
         self.unaffordable: dict[str, ReadyStage] = {}  # rejected by the meter
         self._timing, self._retry_policy, self._stage_of = timing, retry_policy, stage_of
         self._stages: dict[str, ReadyStage] = {}
         self._since: dict[str, float] = {}
         self._changed: dict[str, None] = {}
-        self._paused: set[str] = set()  # those that the retry policy lets wait
+        self._paused: set[str] = set()  # keys of lost stages before their next try
         self._by_shape: dict[_Shape, dict[str, None]] = {}
         self._to_read: OrderedDict[str, None] = OrderedDict()
 
@@ -125,7 +125,7 @@ class ReadyNodes:
         return [self._stages[next(iter(keys))] for keys in self._by_shape.values()]
 
     def all(self) -> Iterator[ReadyStage]:
-        """All ready stages, also those that may not start yet."""
+        """All ready stages, whether in the queue or not."""
         return iter(self._stages.values())
 
 

@@ -42,7 +42,7 @@ from ebbline.sweeps.study.stages import of_seeds, stages_or_reason
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 
-# The runner lets go of stages when it has this many, and this many times those that it kept
+# The runner lets go of stages when it has LET_GO_AT, and LET_GO_GROWTH times what it last kept
 LET_GO_AT, LET_GO_GROWTH = 1024, 2
 _log = logging.getLogger(__name__)
 

@@ -242,6 +242,17 @@ def test_a_wide_step_that_does_not_fit_in_memory_is_halved(
     require_equal(requests, tmp_path)
 
 
+def test_members_are_measured_alone_where_two_batches_do_not_fit_at_once(
+    tmp_path, pair, prompts, adapters, monkeypatch
+):
+    """As of a 7B model: its group would have one batch, whose bits nothing is compared with."""
+    monkeypatch.setattr(generations, "WIDE_BYTES", 1)
+    requests = requests_of(tmp_path / "group", pair, prompts, adapters[:2])
+    reports = list(run_stages(requests.values()))
+    assert not any(report.error or "grouped" in report.environment for report in reports)
+    require_equal(requests, tmp_path)
+
+
 def test_members_are_written_a_portion_after_another_and_the_rest_leaves(
     tmp_path, pair, prompts, adapters, monkeypatch
 ):

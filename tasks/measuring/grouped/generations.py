@@ -84,6 +84,8 @@ def run(members: Sequence[Member]) -> Iterator[Member]:
         return
     joining = [member for member in members if _prepared(member, tokenizer)]
     group = _Group(model, tokenizer, residents, first.spec)
+    if joining and not group.is_wider(joining):
+        return  # there would be nothing to gain, and nothing to compare the bits with
     for chosen, loras in group.portions(joining):
         try:
             group.decode(chosen, loras)
@@ -165,6 +167,10 @@ class _Group:
                 chosen, loras, rows = [], {}, 0
         if chosen:
             yield chosen, loras
+
+    def is_wider(self, members: Sequence[Member]) -> bool:
+        """Whether two batches of the longest rows fit into one step."""
+        return self._most_rows(members) >= 2 * self._batch_size
 
     def _most_rows(self, members: Sequence[Member]) -> int:
         longest = max(
