@@ -64,6 +64,13 @@ HomeOption = Annotated[
         "--home", envvar="EBBLINE_HOME", help="The folder of the store and of all studies."
     ),
 ]
+DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, or cuda.")]
+BasesOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="A folder that keeps the exact projector's bases for later calls.", show_default=False
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 WideOption = Annotated[
     bool, typer.Option("--wide", help="Show all columns, wider than the terminal.")

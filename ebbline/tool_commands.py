@@ -10,6 +10,8 @@ import typer
 from ebbline.options import (
     DEFAULT_HOME,
     TOOL_PANEL,
+    BasesOption,
+    DeviceOption,
     HomeOption,
     JsonOption,
     WideOption,
@@ -77,13 +79,7 @@ def project(
             show_default=False,
         ),
     ] = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            help="A folder that keeps the exact projector's bases for later calls.",
-            show_default=False,
-        ),
-    ] = None,
+    cache: BasesOption = None,
     report: Annotated[
         Path | None,
         typer.Option(
@@ -91,7 +87,7 @@ def project(
             show_default=False,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, or cuda.")] = "cpu",
+    device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
     """Apply Safe LoRA to adapters, without a study, store or cluster. Writes ordinary PEFT
@@ -215,7 +211,7 @@ def evaluate(
     dtype: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Data type of the loaded model.")
     ] = "bfloat16",
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, or cuda.")] = "cpu",
+    device: DeviceOption = "cpu",
     batch_size: Annotated[
         int | None,
         typer.Option(

@@ -87,10 +87,7 @@ def project(
     rules = each_checked(str(base), str(aligned), threshold, modules, projector, energy)
     require_device(device)
     destination = new_destination(Path(out))
-    if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
-        raise ProjectionError(
-            f"{cache} is a file; the cache of the exact projector's bases is a folder"
-        )
+    require_cache(cache)
     files = [read_adapter_file(located(adapter)) for adapter in adapters]
     if not files:
         raise ProjectionError("no adapter was given")
@@ -179,6 +176,14 @@ def require_device(device: str) -> None:
             f"this machine cannot compute on {device!r} ({str(error).splitlines()[0]}); "
             "use cpu, or leave the device out"
         ) from error
+
+
+def require_cache(cache: str | Path | None) -> None:
+    """Raise ProjectionError for a cache of bases that is a file."""
+    if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
+        raise ProjectionError(
+            f"{cache} is a file; the cache of the exact projector's bases is a folder"
+        )
 
 
 def located(reference: str | Path) -> Path:

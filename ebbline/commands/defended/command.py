@@ -6,7 +6,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ebbline.options import TOOL_PANEL, JsonOption, WideOption, explained
+from ebbline.options import (
+    TOOL_PANEL,
+    BasesOption,
+    DeviceOption,
+    JsonOption,
+    WideOption,
+    explained,
+)
 
 defend_app = typer.Typer()
 
@@ -82,14 +89,8 @@ def defend(
         typer.Option("--controls", help="Make the defence's controls too, a subfolder each."),
     ] = False,
     draws: Annotated[int, typer.Option(min=1, help="How many draws of each random control.")] = 3,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            help="A folder that keeps the exact projector's bases for later calls.",
-            show_default=False,
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, or cuda.")] = "cpu",
+    cache: BasesOption = None,
+    device: DeviceOption = "cpu",
     as_json: JsonOption = False,
     wide: WideOption = False,
 ) -> None:

@@ -23,6 +23,7 @@ from ebbline.commands.project import (
     distinct_names,
     located,
     new_destination,
+    require_cache,
     require_device,
     scratch_beside,
 )
@@ -128,8 +129,7 @@ def defend(
     arms = _arms(chosen, controls, draws)
     require_device(device)
     destination = new_destination(Path(out))
-    if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
-        raise ProjectionError(f"{cache} is a file; the cache of the exact bases is a folder")
+    require_cache(cache)
     loaded, source, other = _read(chosen, adapters, inputs, settings, arms, cache, device)
     names = [""] if len(loaded) == 1 else distinct_names([each.folder for each in loaded])
     varied = [name for name in given if _is_varied(name, settings)]
