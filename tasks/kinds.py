@@ -23,7 +23,7 @@ from ebbline.tasks.models.convert_kind import CONVERT
 from ebbline.tasks.models.organism_kind import ORGANISM
 from ebbline.tasks.specs import Spec
 from ebbline.tasks.stage import Request, key_payload
-from ebbline.tasks.stage_kind import StageKind
+from ebbline.tasks.stage_kind import StageKind, no_gpu
 from ebbline.tasks.training.train_kind import TRAIN
 
 STAGE_KINDS: Mapping[str, StageKind[Any]] = {
@@ -51,6 +51,13 @@ def kind_named(name: str) -> StageKind[Any]:
     if name not in STAGE_KINDS:
         raise StudyError(f"no stage kind {name!r}; this version knows {sorted(STAGE_KINDS)}")
     return STAGE_KINDS[name]
+
+
+def import_kinds_without_gpu() -> None:
+    """Import the functions of the kinds that run without a GPU, and torch with some of them."""
+    for kind in STAGE_KINDS.values():
+        if kind.gpus is no_gpu:
+            kind.load_function()
 
 
 def parsed_spec(request: Request) -> Spec:

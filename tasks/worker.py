@@ -132,6 +132,8 @@ class _Batch:
         started = time.monotonic()
         check: InputCheck | None = None
         try:
+            self._import(request)
+            started = time.monotonic()
             turn = self._turn(request)
             request, check = turn.request, turn.check
             ctx, predicted_gb = laid_out(turn.spec, turn.inputs, turn.ctx, request.memory_gb)
@@ -161,6 +163,8 @@ class _Batch:
         turns: list[_Turn] = []
         for request in requests:
             try:
+                self._import(request)
+                started = started if turns else time.monotonic()
                 turn = self._turn(request, len(requests))
                 turn.check.finish()
                 turns.append(turn)
@@ -199,14 +203,19 @@ class _Batch:
         for turn in waiting.values():
             yield self.run_one(turn.request)
 
-    def _turn(self, request: Request, packed: int = 1) -> _Turn:
-        started = time.monotonic()
+    def _import(self, request: Request) -> None:
+        """Import the code of a request's kind. These seconds are the job's start and no work of the
+        stage: a process imports once, and predictions scale the work.
+        """
         if self._leaving():
             raise Leaving("the machine is about to go; this stage had not begun")
-        self._held_model |= request.gpus > 0
         kind_named(request.kind).load_function()  # imports torch, if the kind needs it
         if request.gpus:
             import torch  # noqa: F401  # also where the function imports it later
+
+    def _turn(self, request: Request, packed: int = 1) -> _Turn:
+        started = time.monotonic()
+        self._held_model |= request.gpus > 0
         request = self._prepare(request)
         spec = parsed_spec(request)
         file = ProgressFile(Path(request.log) / PROGRESS if self._rank == 0 else None, packed)

@@ -206,6 +206,7 @@ def test_an_overhead_is_the_default_until_measured_and_then_the_median():
     defaults = StartCosts(new_s=7.0, kept_s=0.25, gang_s=21.0, new_after_real_gpu=True)
     starts = Starts(defaults)
     assert starts.seconds(None, 1, new=True) == 7.0 and starts.seconds(None, 1) == 0.25
+    assert starts.seconds(None, 0, new=True) == defaults.new_without_gpu_s
     assert starts.seconds("A100", 1) == 7.0 and starts.seconds("A100", 4) == 21.0
     assert Starts(StartCosts(kept_s=0.25)).seconds("A100", 1) == 0.25
     for seconds in (3.0, 9.0, 4.0, -1.0):
