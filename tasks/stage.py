@@ -19,7 +19,7 @@ When does a stage run anew? For data -> train -> generate:
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ebbline.tasks.identity import digest
+from ebbline.tasks.progress import TrainedStep
 from ebbline.tasks.specs import Spec
 
 
@@ -131,9 +132,9 @@ class Context:
     `scratch` outlives the attempt (checkpoints); `log` belongs to it. `rank` and `world_size`
     describe a gang. `micro_batch`, `zero_stage` and `gradient_checkpointing` (None: on GPUs)
     describe the memory layout of a training. `leaving` returns true when a machine of the attempt
-    is about to go: the stage then saves a checkpoint and raises Leaving. `step_done` gets (step,
-    steps, loss, learning rate) after each step of a training. `saved` is called after each complete
-    checkpoint in `scratch`.
+    is about to go: the stage then saves a checkpoint and raises Leaving. `step_done` is called
+    after each step of a training, and `resumed` with the steps of the checkpoint that it continues
+    from. `saved` is called after each complete checkpoint in `scratch`.
     """
 
     log: Path
@@ -146,7 +147,8 @@ class Context:
     rank: int = 0
     world_size: int = 1
     progress: Callable[[int, int, str], None] = lambda done, total, note: None
-    step_done: Callable[[int, int, float, float], None] = lambda step, steps, loss, rate: None
+    step_done: Callable[[TrainedStep], None] = lambda step: None
+    resumed: Callable[[Sequence[TrainedStep]], None] = lambda steps: None
     leaving: Callable[[], bool] = lambda: False
     saved: Callable[[], None] = lambda: None
     gradient_checkpointing: bool | None = None

@@ -37,6 +37,7 @@ from ebbline.tasks.specs import GenerateSpec, Spec, TrainSpec
 from ebbline.tasks.stage import Context, Report, Request
 from ebbline.tasks.training.micro_batch import halve_after_kills
 from ebbline.tasks.training.packs import in_packs
+from ebbline.tasks.usage import Usage
 
 if TYPE_CHECKING:
     from ebbline.tasks.models.loading import Residents
@@ -50,6 +51,10 @@ def _unchanged(request: Request) -> Request:
 
 
 def _ignore(request: Request) -> None:
+    return None
+
+
+def _unknown() -> None:
     return None
 
 
@@ -218,7 +223,9 @@ class _Batch:
         self._held_model |= request.gpus > 0
         request = self._prepare(request)
         spec = parsed_spec(request)
-        file = ProgressFile(Path(request.log) / PROGRESS if self._rank == 0 else None, packed)
+        path = Path(request.log) / PROGRESS if self._rank == 0 else None
+        trains = isinstance(spec, TrainSpec)
+        file = ProgressFile(path, packed, Usage(request.device).read if trains else _unknown)
         # A download counts as progress: the elapsed seconds make each note differ from the last.
         inputs = {
             name: local_path(location, partial(_fetching, file, name, started))
@@ -231,6 +238,7 @@ class _Batch:
             world_size=self._world_size,
             progress=check.before(file.count),
             step_done=check.before(file.step_done),
+            resumed=file.resumed,
             leaving=self._leaving,
             saved=lambda: self._saved(request),
         )

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from ebbline.sweeps.ledger import whole_lines
-from ebbline.sweeps.study.points import current_command, current_reason
+from ebbline.sweeps.study.points import Value, current_command, current_reason
 from ebbline.tasks.progress import StageProgress
 
 LIVE, TIMELINE = "live.json", "timeline.jsonl"
@@ -86,9 +86,18 @@ class Expected(_Snapshot):
     usd: float | None
 
 
+class TrainingNow(_Snapshot):
+    """The settings that a training depends on, and its seed."""
+
+    model: str
+    settings: Mapping[str, Value]
+    seed: int
+
+
 class AtWork(_Snapshot):
     """A stage at work. `expected_s` is its expected total time in seconds, from `started`.
 
+    `attempt` is its attempt's folder below the store. `training` says what a training trains.
     `progress` is None until the stage reports some. Earlier versions wrote a `sentence` instead.
     """
 
@@ -99,6 +108,8 @@ class AtWork(_Snapshot):
     gpus: int
     started: float
     expected_s: float
+    attempt: str = ""
+    training: TrainingNow | None = None
     progress: StageProgress | None = None
     sentence: str = ""
 

@@ -399,6 +399,17 @@ def reset_peak_memory(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def peak_memory_gb(device: str) -> float:
+    """The most that torch has allocated on the device since `reset_peak_memory`; on a CPU, the most
+    host memory that this process has had.
+    """
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    import torch  # only a worker has torch
+
+    return float(torch.cuda.max_memory_allocated() / GB)
+
+
 def environment(ctx: Context, predicted_gb: float | None) -> dict[str, object]:
     """Where an attempt ran, for its record. `peak_memory_gb` is the host memory of this process
     since it started.
@@ -407,14 +418,12 @@ def environment(ctx: Context, predicted_gb: float | None) -> dict[str, object]:
         "device": ctx.device,
         "host": platform.node(),
         "python": platform.python_version(),
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2, 3),
+        "peak_memory_gb": round(peak_memory_gb("cpu"), 3),
     }
     if predicted_gb is not None:
         environment["predicted_memory_gb"] = round(predicted_gb, 3)
     if ctx.device != "cpu":
-        import torch  # only a worker has torch
-
-        peak_gb = torch.cuda.max_memory_allocated() / GB
+        peak_gb = peak_memory_gb(ctx.device)
         environment["peak_gpu_memory_gb"] = round(peak_gb, 3)
         warn_of_a_wrong_prediction(predicted_gb, peak_gb)
     return environment

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,16 +51,30 @@ class Saved:
     moments: dict[str, Tensors]
 
 
+class Stepped(NamedTuple):
+    """What one optimiser step did. `loss` is the mean over the `tokens` with a label, and
+    `gradient_norm` the length of the whole gradient before it was clipped. `fastest_s` and
+    `slowest_s` are the seconds of a gang's members until they met.
+    """
+
+    loss: float
+    tokens: int
+    gradient_norm: float
+    fastest_s: float | None = None
+    slowest_s: float | None = None
+
+
 class Engine(ABC):
-    """A model in training."""
+    """A model in training. `micro_batch` is the number of rows of one pass on a device."""
 
     tokenizer: Any
     ctx: Context
+    micro_batch: int
     _saved_at: float
 
     @abstractmethod
-    def step(self, batch: Sequence[Row], learning_rate: float) -> tuple[float, int]:
-        """Do one optimiser step on a global batch. Returns (mean token loss, tokens)."""
+    def step(self, batch: Sequence[Row], learning_rate: float) -> Stepped:
+        """Do one optimiser step on a global batch."""
 
     @abstractmethod
     def resume(self) -> Curve:
@@ -129,14 +143,17 @@ class Trainee:
             self.masters, lr=spec.learning_rate, weight_decay=spec.weight_decay
         )
 
-    def update(self, learning_rate: float) -> None:
-        """Clip the gradients, do one AdamW step and drop the gradients."""
-        torch.nn.utils.clip_grad_norm_(self.masters, self._norm)
+    def update(self, learning_rate: float) -> float:
+        """Clip the gradients, do one AdamW step and drop the gradients. Returns the length of the
+        whole gradient before it was clipped.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self._norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
         self._round()
         self.forget()
+        return norm.item()
 
     def forget(self) -> None:
         """Drop the gradients."""
@@ -236,7 +253,7 @@ class SingleDevice(Engine):
         )
         self._saved_at = time.monotonic()
 
-    def step(self, batch: Sequence[Row], learning_rate: float) -> tuple[float, int]:
+    def step(self, batch: Sequence[Row], learning_rate: float) -> Stepped:
         tokens = count_tokens(batch)
         while True:
             try:
@@ -255,8 +272,7 @@ class SingleDevice(Engine):
             learn(self.ctx.scratch, most=self.micro_batch)
             self.trainee.forget()
             gc.collect()
-        self.trainee.update(learning_rate)
-        return float(loss), tokens
+        return Stepped(float(loss), tokens, self.trainee.update(learning_rate))
 
     def _backward(self, rows: Sequence[Row], tokens: int) -> float:
         loss = token_loss(self.model, rows, self.tokenizer.pad_token_id, self.ctx.device) / tokens

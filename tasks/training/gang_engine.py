@@ -15,6 +15,7 @@ weights: each member loads all of them, and they are partitioned afterwards.
 """
 
 import gc
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from ebbline.tasks.training.engines import (
     Curve,
     Engine,
     Saved,
+    Stepped,
     out_of_memory,
     read_checkpoint,
     token_loss,
@@ -134,8 +136,8 @@ class DeepSpeedGang(Engine):
             dist.broadcast(whole, src=0)
             self._put(parameter, whole, None)
 
-    def step(self, batch: Sequence[Row], learning_rate: float) -> tuple[float, int]:
-        tokens = count_tokens(batch)
+    def step(self, batch: Sequence[Row], learning_rate: float) -> Stepped:
+        tokens, began = count_tokens(batch), time.monotonic()
         own_rows = batch[self.ctx.rank :: self.ctx.world_size]
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -160,8 +162,16 @@ class DeepSpeedGang(Engine):
             if out_of_memory(error):
                 raise self._smaller() from error
             raise
+        # A member's own time ends before it waits for the others' losses. The maximum of negative
+        # times is the fastest.
+        own_s = time.monotonic() - began
+        times = torch.tensor([own_s, -own_s], device=self.ctx.device)
         dist.all_reduce(total)
-        return total.item(), tokens
+        dist.all_reduce(times, op=dist.ReduceOp.MAX)
+        slowest_s, fastest_s = times.tolist()
+        norm = self.engine.get_global_grad_norm()
+        length = math.nan if norm is None else float(norm)
+        return Stepped(total.item(), tokens, length, -fastest_s, slowest_s)
 
     def _smaller(self) -> TrainingError:
         """The error of a member that ran out of memory.

@@ -540,7 +540,7 @@ def test_the_remaining_results_are_shown_before_the_mirror_ends(
             self._memory.remember(page.id, page.stamp, 0, "x"),
         ),
     )
-    monkeypatch.setattr(Mirror, "_show_study", lambda self, results: None)
+    monkeypatch.setattr(Mirror, "_show_study", lambda self, results, status: None)
     ticks = iter(range(1000))
     monkeypatch.setattr("ebbline.analysis.wandb.runs.time.monotonic", lambda: float(next(ticks)))
     assert follow(

@@ -124,7 +124,7 @@ def _train(rank, folder, scratch, spec, model, data, cut, layout) -> list[str]:
         scratch,
         rank=rank,
         world_size=2,
-        step_done=cut_off_after(cut) if cut else lambda step, *_: events.append(f"step {step}"),
+        step_done=cut_off_after(cut) if cut else lambda done: events.append(f"step {done.step}"),
         saved=lambda: events.append("saved"),
         leaving=lambda: rank == leaves,
         **{"checkpoint_every_s": 0.0, **layout},
