@@ -274,15 +274,26 @@ def sync(
         int,
         typer.Option("--at-once", "-n", min=1, max=64, help="How many runs to push at a time."),
     ] = 8,
+    to_folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write CSV and JSON files for another tracker here, and leave W&B alone.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Update the W&B mirror and push the offline runs. The same command continues an interrupted
     push.
     """
-    from ebbline.commands.wandb import sync_study
+    from ebbline.commands.wandb import sync_folder, sync_study
     from ebbline.sweeps.study.view import StudyView
 
-    raise typer.Exit(sync_study(StudyView.begun(home, study), at_once, as_json))
+    view = StudyView.begun(home, study)
+    if to_folder is not None:
+        sync_folder(view, to_folder, as_json)
+        return
+    raise typer.Exit(sync_study(view, at_once, as_json))
 
 
 @outcome_app.command(
