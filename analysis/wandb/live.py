@@ -87,7 +87,9 @@ def drive_status(view: StudyView, trainings: Sequence[LiveTraining]) -> dict[str
     states = Counter[str]()
     for counts in live.stages.values():
         states.update(counts)
+    at_work = live.ended is None and view.home.holder(view.study.study) is not None
     status: dict[str, float | None] = {
+        "at_work": float(at_work),
         "points_finished": live.points.completed,
         "points_in_flight": live.points.in_flight,
         "stages_running": states["running"],

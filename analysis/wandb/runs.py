@@ -231,10 +231,10 @@ class Mirror:
         """Shows the drive's status, the growth of the hypervolume and the frontier; redraws the
         charts if due.
         """
-        if status and status != self._status:
+        changed, self._status = status != self._status, status
+        if changed and status.get("status/at_work"):
             self._open_study()
             self._study_run.summary.update(dict(status))
-            self._status = status
         objectives = self.study.objectives
         chosen = frontier(results, objectives)
         if not chosen:
@@ -263,12 +263,13 @@ class Mirror:
             if usd is not None:
                 over["usd"] = usd
             volumes = {f"hypervolume/over_{name}": each.hypervolume for name in over}
-            row = {"hypervolume": each.hypervolume, **over, **volumes, **self._status}
+            row = {"hypervolume": each.hypervolume, **over, **volumes}
+            if each is grown[-1] and self._status.get("status/at_work"):
+                row |= self._status  # of now: nobody knows it for earlier points
             self._study_run.log(row, step=each.finished)
             self._step = each.finished
-        self._study_run.summary.update(
-            {"frontier": [result.number for result in chosen], "hypervolume": grown[-1].hypervolume}
-        )
+        shown = {"frontier": [result.number for result in chosen], **status}
+        self._study_run.summary.update(shown | {"hypervolume": grown[-1].hypervolume})
         self._study_run.notes = f"```\n{frontier_text(results_frame(results, objectives))}\n```"
         self._study_stamp, self._rows, self._results = stamp, max(self._rows, landed), results
         if landed >= CHARTS_EVERY * self._charted:
