@@ -22,8 +22,9 @@
 #                       costs; nothing else may run meanwhile
 # make bench-overhead the cost of a stage beside its work, with 1,000 stages that do almost nothing
 # make bench-inputs   the cost of checking a stage's inputs, over a 500 MB model
-# make bench-search     the same 144 points on ebbline and on Ray Tune with OptunaSearch; a study of
-#                       10,000 points on a virtual clock
+# make bench-search     the same 144 points on ebbline and on Ray Tune with OptunaSearch; the same for
+#                       three ratios of training to evaluation, and a study of 10,000 points, both on
+#                       a virtual clock
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -95,6 +96,7 @@ bench-plan: $(VENV)/installed-test
 
 bench-search: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_search
+	$(BIN)/python -m tests.benchmarks.bench_search_ratios
 	$(BIN)/python -m tests.benchmarks.bench_scale
 
 $(VENV)/installed: pyproject.toml constraints.txt | python $(VENV)/bin/python

@@ -76,7 +76,12 @@ class Pretended(SimulatedExecutor):
         return [self._end(each) for each in super().finished(math.inf)]
 
     def _end(self, finished: Finished) -> Finished:
-        reports, keys = [], deque(finished.job.keys)
+        reports = [report for key in finished.job.keys for report in self.commit(key)]
+        return Finished(finished.job, tuple(reports), finished.lost)
+
+    def commit(self, key: str) -> list[Report]:
+        """Write and commit what a stage makes, and the stages that follow it in its batch."""
+        reports, keys = [], deque([key])
         while keys:
             key = keys.popleft()
             request = self.requests[key]
@@ -85,21 +90,29 @@ class Pretended(SimulatedExecutor):
                 reports.append(Report(key, 1.0, error=fault[0], error_type=fault[1]))
                 continue
             out = Path(request.out)
-            pretend(request, out)
-            provenance = {
-                "seconds": 10.0,
-                "gpus": request.gpus,
-                "gpu_type": None,
-                "device": "simulated",
-                "host": "here",
-            }
+            self.write(request, out)
+            provenance = self.provenance(request)
             made = self._store.commit(out.parent, request_payload(request), provenance)
             added = {each.key: each for each in requests_after(request, made)}
             self.requests |= added
             keys.extendleft(reversed(added))
             self._committed += 1
             self._ended(self._committed)
-        return Finished(finished.job, tuple(reports), finished.lost)
+        return reports
+
+    def write(self, request: Request, out: Path) -> None:
+        """Write the files of a stage."""
+        pretend(request, out)
+
+    def provenance(self, request: Request) -> dict[str, Any]:
+        """What the record of a stage says about how it ran."""
+        return {
+            "seconds": 10.0,
+            "gpus": request.gpus,
+            "gpu_type": None,
+            "device": "simulated",
+            "host": "here",
+        }
 
 
 def pretend(request: Request, out: Path) -> None:
@@ -139,13 +152,12 @@ def pretend(request: Request, out: Path) -> None:
                 out / spec.COSINES,
             )
         case ApplySpec():
-            projected = chosen(
-                read_rows(inputs["projection"] / ProjectSpec.COSINES), spec.threshold, spec.modules
-            )
+            rows = read_rows(inputs["projection"] / ProjectSpec.COSINES)
+            projected = chosen(rows, spec.threshold, spec.modules)
             adapter = json.loads((inputs["adapter"] / "adapter").read_text())
             (out / "adapter").write_text(
                 json.dumps(
-                    {**adapter, "share": len(projected) / len(MODULES), "taken": sorted(projected)}
+                    {**adapter, "share": len(projected) / len(rows), "taken": sorted(projected)}
                 )
             )
             (out / spec.CHOSEN).write_text(json.dumps(sorted(projected)))
