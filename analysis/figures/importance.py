@@ -75,6 +75,12 @@ def importance_notes(found: Importances) -> list[str]:
         for name, each in found.items()
         if each.reason
     ]
+    sampled = next((each for each in found.values() if each.finished is not None), None)
+    if sampled is not None:
+        notes.append(
+            f"From {sampled.points} of the {sampled.finished} finished points, drawn at random "
+            f"with a fixed seed; the intervals are those of {sampled.points} points."
+        )
     few = next((each for each in found.values() if each.few), None)
     if few is not None:
         notes.append(
