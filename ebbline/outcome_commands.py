@@ -85,15 +85,18 @@ def dashboard(
 @explained
 def report(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     """Write the tables, the figures and the report of a study's results so far."""
+    from ebbline.analysis.report.second_process import second_process
     from ebbline.analysis.results.collect import collect
     from ebbline.outputs import attempts_of, print_outputs, require_current, write_outputs
     from ebbline.sweeps.study.view import StudyView
 
     view = StudyView.begun(home, study)
     view.home.require(view.study.study)
-    attempts, results = attempts_of(view), collect(view)
-    require_current(view, results)
-    print_outputs(write_outputs(view, results, attempts), as_json, attempts)
+    with second_process() as second:
+        attempts, results = attempts_of(view), collect(view)
+        require_current(view, results)
+        outputs = write_outputs(view, results, attempts, second)
+    print_outputs(outputs, as_json, attempts)
     if attempts.failed:
         raise typer.Exit(OUTPUT_MISSING)
 

@@ -21,13 +21,13 @@ from ebbline.analysis.results.adapter_notes import adapter_notes
 from ebbline.analysis.results.before_after import before_after
 from ebbline.analysis.results.collect import (
     StoredEvidence,
-    artifacts_behind,
     baselines,
     costs_before,
     projections,
 )
 from ebbline.analysis.results.columns import left_out_line, table_text
 from ebbline.analysis.results.costs import cost_rows, prediction_rows
+from ebbline.analysis.results.frontier import shortlist_note
 from ebbline.analysis.results.measurements import NO_EVIDENCE, Baselines, Evidence
 from ebbline.analysis.results.no_refusals import no_refusals
 from ebbline.analysis.results.picks.choices import chosen
@@ -37,7 +37,6 @@ from ebbline.analysis.results.tables import (
     write_categories,
     write_tables,
 )
-from ebbline.cluster.store.artifacts import Artifact
 from ebbline.commands.plan import GANTT
 from ebbline.sweeps.forecast.prediction import read_predictions
 from ebbline.sweeps.search.importance import importances
@@ -104,9 +103,8 @@ def write_outputs(
     )
     if categories is not None:
         paths["categories"] = categories
-    artifacts = make("the stages behind the results", lambda: artifacts_behind(view, results)) or []
-    cost = make("the costs", lambda: _cost(view, results, artifacts)) or {}
-    origin = make("the provenance", lambda: provenance(view, results, artifacts).rows()) or []
+    cost = make("the costs", lambda: _cost(view, results)) or {}
+    origin = make("the provenance", lambda: provenance(view, results).rows()) or []
     found = findings(study, results, before, evidence, picked, attempts, importance)
     drawn = figures_of(found, attempts)
     for name, each in drawn.items():
@@ -118,6 +116,7 @@ def write_outputs(
     notes = [
         *(make("the notes on refusals", lambda: no_refusals(study, before)) or ()),
         *(make("the notes on adapters", lambda: adapter_notes(view, results)) or ()),
+        *filter(None, [shortlist_note(results)]),
     ]
     report = make(
         "the report",
@@ -169,10 +168,7 @@ def print_outputs(
         print(f"the reasons in full: {attempts.log}" if attempts.log is not None else "")
 
 
-def _cost(
-    view: StudyView, results: Sequence[Result], artifacts: Sequence[Artifact]
-) -> dict[str, object]:
+def _cost(view: StudyView, results: Sequence[Result]) -> dict[str, object]:
     folder, profile = view.folder, view.home.profile
-    kinds = {artifact.key: artifact.kind for artifact in artifacts}
-    rows = cost_rows(results, costs_before(view), kinds, read_spent(folder), profile)
+    rows = cost_rows(results, costs_before(view), read_spent(folder), profile)
     return rows | prediction_rows(read_predictions(folder), profile)

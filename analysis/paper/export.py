@@ -30,7 +30,7 @@ from ebbline.analysis.paper.latex import (
 )
 from ebbline.analysis.paper.methods import methods
 from ebbline.analysis.report.provenance import Provenance, provenance
-from ebbline.analysis.results.collect import artifacts_behind, baselines, collect, costs_before
+from ebbline.analysis.results.collect import baselines, collect, costs_before
 from ebbline.analysis.results.measurements import Baselines, refusal_metric, usefulness_metric
 from ebbline.analysis.results.picks.choices import chosen
 from ebbline.analysis.results.tables import results_frame, write_tables
@@ -114,12 +114,11 @@ def _read(view: StudyView) -> ExportData:
             f"no point of {view.study.study!r} has finished in {view.home.root}, so there is "
             "nothing to export; `ebbline status` shows its progress"
         )
-    artifacts = artifacts_behind(view, results)
     return ExportData(
         view.study,
         results,
         baselines(view),
-        provenance(view, results, artifacts),
+        provenance(view, results),
         costs_before(view),
         chosen(results, view.folder),
     )

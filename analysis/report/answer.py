@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ebbline.analysis.results.before_after import Line, before_after
-from ebbline.analysis.results.frontier import finished, objective_values
+from ebbline.analysis.results.frontier import evenly, finished, objective_values
 from ebbline.analysis.results.measurements import (
     LEVEL,
     NO_EVIDENCE,
@@ -55,7 +55,8 @@ def answer(
     """Paragraphs on each model's fine-tuning, projection and operating point, then the limits.
 
     `evidence` holds the samples: measurements on the same prompts are compared in pairs. Without
-    samples they are compared by their intervals. `lines` is the result of
+    samples they are compared by their intervals. Of many points, some are compared; the sentences
+    say how many. `lines` is the result of
     ebbline.analysis.results.before_after; it is computed if not given. Raises EvaluationError
     when a finished point lacks the refusal rate or an objective.
     """
@@ -78,12 +79,12 @@ def answer(
         from_tuning = (
             []
             if aligned is None
-            else compared_with_aligned(model, aligned, plain, refusal, evidence)
+            else compared_with_aligned(model, aligned, evenly(plain), refusal, evidence)
         )
-        from_projection = _against_unprojected(own, refusal, evidence)
+        from_projection, projected = _against_unprojected(own, refusal, evidence)
         paragraphs += [
             _fine_tuning(model, plain, refusal, aligned, from_tuning),
-            _projection(model, own, from_projection),
+            _projection(model, own, from_projection, projected),
         ]
         comparisons += [*from_tuning, *from_projection]
         picked = operating_point(study, own, refusal)
@@ -101,20 +102,30 @@ def answer(
     return [*paragraphs, *_unfinished(results), _caution(done, refusal, comparisons)]
 
 
-def _against_unprojected(own: Sequence[Result], name: str, evidence: Evidence) -> list[Comparison]:
-    """Compares each projected result with the unprojected result of the same training."""
+def _against_unprojected(
+    own: Sequence[Result], name: str, evidence: Evidence
+) -> tuple[list[Comparison], int]:
+    """Compares projected results with the unprojected result of the same training. Returns also how
+    many results have one.
+    """
     partner_of = partners(own)
     pairs = [
         (partner_of[without_defence(result.point)], result)
         for result in own
         if is_projected(result) and without_defence(result.point) in partner_of
     ]
-    return compared(
+    comparisons = compared(
         [
             (measurement(partner, name, evidence), measurement(result, name, evidence))
-            for partner, result in pairs
+            for partner, result in evenly(pairs)
         ]
     )
+    return comparisons, len(pairs)
+
+
+def _of_all(compared_count: int, count: int, what: str) -> str:
+    """Says that only a part was compared; empty if all were."""
+    return "" if compared_count == count else f" ({compared_count} of {count} {what} compared)"
 
 
 def _fine_tuning(
@@ -145,20 +156,24 @@ def _fine_tuning(
     text = (
         f"{model}, fine-tuning: the aligned model refuses {measured(aligned)}. Fine-tuned "
         "without projection, the"
-        f" refusal rate is {tally(from_tuning, 'training')}: {found}."
+        f" refusal rate is {tally(from_tuning, 'training')}"
+        f"{_of_all(len(from_tuning), len(plain), 'trainings')}: {found}."
     )
     if aligned.value == 0:
         text += " It refused nothing before, so no loss of refusals could show."
     elif all(comparison.move != "lower" for comparison in from_tuning):
         text += (
-            f" The expected loss of refusals is absent: no fine-tuning of {model} "
-            "measurably lowered them, so there was"
+            " The expected loss of refusals is absent: no "
+            f"{'fine-tuning' if len(from_tuning) == len(plain) else 'compared fine-tuning'} of "
+            f"{model} measurably lowered them, so there was"
             " nothing for projection to bring back."
         )
     return text
 
 
-def _projection(model: str, own: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
+def _projection(
+    model: str, own: Sequence[Result], comparisons: Sequence[Comparison], projected: int
+) -> str:
     if not any(is_projected(result) for result in own):
         return (
             f"{model}, projection: no projected point has finished, so the effect of "
@@ -172,7 +187,7 @@ def _projection(model: str, own: Sequence[Result], comparisons: Sequence[Compari
         )
     text = (
         f"{model}, projection: against the same training without it, refusal rate is "
-        f"{tally(comparisons, 'point')}."
+        f"{tally(comparisons, 'point')}{_of_all(len(comparisons), projected, 'points')}."
     )
     if all(comparison.move != "higher" for comparison in comparisons):
         text += (

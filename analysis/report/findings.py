@@ -7,9 +7,9 @@ from matplotlib.figure import Figure
 
 from ebbline.analysis.figures.attainment import attainment_figure
 from ebbline.analysis.figures.before_after import before_after_figure
-from ebbline.analysis.figures.frontier import frontier_figure
+from ebbline.analysis.figures.frontier import frontier_caption, frontier_figure
 from ebbline.analysis.figures.importance import importance_figure
-from ebbline.analysis.figures.knob import threshold_figure
+from ebbline.analysis.figures.knob import threshold_caption, threshold_figure
 from ebbline.analysis.figures.words import (
     attainment_words,
     before_after_words,
@@ -30,7 +30,6 @@ from ebbline.analysis.results.measurements import (
 from ebbline.sweeps.search.importance import METHOD, Importance, importances
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.in_use import DEFENCE
 
 
 @dataclass(frozen=True)
@@ -132,12 +131,7 @@ def pictures_of(found: Findings) -> dict[str, FigureToDraw]:
         "frontier": FigureToDraw(
             lambda: frontier_figure(results, study.objectives, baselines, picked=found.picked),
             lambda: frontier_words(results, study.objectives, baselines, found.picked),
-            lambda: (
-                "Every finished point with its 95% Wilson intervals. Filled: projected; "
-                "hollow: not. The steps are each model's frontier,"
-                " the stars its aligned model before fine-tuning."
-                + (" A ring marks the point that `ebbline pick` chose." if found.picked else "")
-            ),
+            lambda: frontier_caption(results, found.picked),
         ),
         "attainment": FigureToDraw(
             lambda: attainment_figure(found.attained, study.objectives),
@@ -147,7 +141,7 @@ def pictures_of(found: Findings) -> dict[str, FigureToDraw]:
         "thresholds": FigureToDraw(
             lambda: threshold_figure(results, names, baselines),
             lambda: threshold_words(results, names, baselines),
-            lambda: f"{DEFENCE.words.against} 95% Wilson intervals.",
+            lambda: threshold_caption(results),
         ),
         "before-after": FigureToDraw(
             lambda: before_after_figure(found.lines),

@@ -36,7 +36,7 @@ from ebbline.analysis.results.tables import (
     agreement_cells,
     category_cells,
     frontier_cells,
-    results_frame,
+    frontier_frame,
 )
 from ebbline.analysis.results.wording import (
     NO_RESULT,
@@ -54,6 +54,7 @@ from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences import words
 from ebbline.tasks.files import write_whole
 
+MOST_ROWS = 200  # of a table of points on the page; CSV files have all
 _NO_PROJECTIONS: Projections = MappingProxyType({})
 
 
@@ -104,6 +105,7 @@ def write_report(
             metric.squares is not None for result in results for metric in result.metrics.values()
         ),
         importance_method=METHOD,
+        most_rows=MOST_ROWS,
         cost=cost,
         provenance=[
             (group, list(rows))
@@ -120,7 +122,6 @@ def _parts(
     """Field of the page -> (name of the part, how it is made, what stands there if it fails)."""
     study, results, lines = found.study, found.results, found.lines
     before, evidence, nothing = found.baselines, found.evidence, pd.DataFrame()
-    frame = partial(results_frame, results, study.objectives)
     return {
         "short": (
             "the short answer",
@@ -166,7 +167,7 @@ def _parts(
         ),
         "table": (
             "the table of the frontier",
-            lambda: frontier_cells(frame(), study.objectives),
+            lambda: frontier_cells(frontier_frame(results, study.objectives), study.objectives),
             nothing,
         ),
         "projections": ("what was projected", lambda: _projection_figures(projections), []),

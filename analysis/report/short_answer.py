@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from ebbline.analysis.results.before_after import Line, Trio, trios
-from ebbline.analysis.results.frontier import finished
+from ebbline.analysis.results.frontier import evenly, finished
 from ebbline.analysis.results.measurements import (
     NO_EVIDENCE,
     Baselines,
@@ -68,13 +68,15 @@ def _fine_tuning(
     evidence: Evidence,
 ) -> str:
     pairs: list[tuple[Measurement, Measurement]] = []
+    trainings = 0
     for model in lines:
         plain = list(
             unprojected([result for result in done if result.point.model == model]).values()
         )
         aligned = baselines.get(model, {}).get(refusal)
         if aligned is not None:
-            pairs += pairs_with_aligned(model, aligned, plain, refusal, evidence)
+            pairs += pairs_with_aligned(model, aligned, evenly(plain), refusal, evidence)
+            trainings += len(plain)
     comparisons = compared(pairs)
     if not comparisons:
         measured = any(refusal in metrics for metrics in baselines.values())
@@ -86,8 +88,8 @@ def _fine_tuning(
         sum(change.move == way for change in comparisons) for way in ("lower", "higher")
     )
     text = (
-        "Fine-tuning without projection "
-        f"{_counted(lowered, len(comparisons))}{f' and raised it in {raised}' if raised else ''}"
+        f"Fine-tuning without projection {_counted(lowered, len(comparisons), trainings)}"
+        f"{f' and raised it in {raised}' if raised else ''}"
     )
     both = [line for line in lines.values() if "fine-tuning" in line.changes]
     if not both:
@@ -102,17 +104,23 @@ def _fine_tuning(
     return f"{text}{which}{_listed(spans, len(both), ', ')}."
 
 
-def _counted(lowered: int, total: int) -> str:
+def _counted(lowered: int, total: int, trainings: int) -> str:
+    """`total` of all `trainings` are compared."""
+    what = (
+        f"{total} trainings"
+        if total == trainings
+        else f"the {total} trainings that were compared, of {trainings}"
+    )
     if lowered == 0:
         return "did not measurably lower the refusal rate" + (
-            f" in any of {total} trainings" if total > 1 else ""
+            f" in any of {what}" if total > 1 else ""
         )
     how = (
         ""
         if total == 1
-        else f" in all {total} trainings"
+        else f" in all {what.removeprefix('the ')}"
         if lowered == total
-        else f" in {lowered} of {total} trainings"
+        else f" in {lowered} of {what}"
     )
     return f"lowered the refusal rate{how}"
 

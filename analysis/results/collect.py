@@ -5,10 +5,11 @@ up in the store.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ebbline.analysis.results.frontier import finished
+from ebbline.analysis.results.frontier import finished, shortlist
 from ebbline.analysis.results.measurements import Subject, operating_point, refusal_metric
 from ebbline.analysis.results.statistics import Agreement, SamplesBySeed, pooled_agreement
 from ebbline.analysis.results.wording import natural, settings_label
@@ -21,7 +22,6 @@ from ebbline.sweeps.state.spending import Spent, read_spent
 from ebbline.sweeps.state.trials import Entry, Reader, read
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result, keys_of
-from ebbline.sweeps.study.stages import stages_or_reason
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import scorers_of
 from ebbline.sweeps.study.view import StudyView
@@ -29,7 +29,7 @@ from ebbline.tasks.defences.gate import ProjectedRows, projected_rows
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import METRICS, SAMPLES, Metric, read_metrics, read_samples
 from ebbline.tasks.specs import GenerateSpec, ScoreSpec
-from ebbline.tasks.stage import Stage, closure
+from ebbline.tasks.stage import Stage
 
 
 def collect(view: StudyView) -> list[Result]:
@@ -97,21 +97,27 @@ def projections(
     """Model -> label -> the projected modules of one adapter.
 
     The operating point comes first, if there is one. A point with several seeds shows its first.
+    Of many points, those of the shortlist are read.
     """
     refusal, found = refusal_metric(study), dict[str, dict[str, ProjectedRows]]()
-    for model in sorted({result.point.model for result in finished(results)}, key=natural):
-        own = [result for result in finished(results) if result.point.model == model]
+    listed = shortlist(results, study.objectives)
+    by_model: dict[str, list[Result]] = defaultdict(list)
+    for result in finished(results):
+        by_model[result.point.model].append(result)
+    for model in sorted(by_model, key=natural):
+        own = by_model[model]
         picked = operating_point(study, own, refusal) if refusal is not None else None
         first = own[0] if picked is None else picked[0]
         shown: dict[str, ProjectedRows] = {}
         seen: set[str] = set()
-        for result in [first, *own]:
-            measured, projected = (
-                home.store.open(kind, result.keys[f"{kind}[seed={study.seeds[0]}]"])
+        for result in [first, *(each for each in listed if each.point.model == model)]:
+            keys = {
+                kind: result.keys[f"{kind}[seed={study.seeds[0]}]"]
                 for kind in (DEFENCE.measures.KIND, DEFENCE.makes.KIND)
-            )
-            if measured.key not in seen:
-                seen.add(measured.key)
+            }
+            if keys[DEFENCE.measures.KIND] not in seen:
+                seen.add(keys[DEFENCE.measures.KIND])
+                measured, projected = (home.store.open(*item) for item in keys.items())
                 label = f"point {result.number} ({settings_label(result.point)})"
                 shown[label] = projected_rows(measured.file, projected.file)
         found[model] = shown
@@ -158,17 +164,6 @@ def costs_before(view: StudyView) -> dict[str, Cost]:
     """Key -> cost of each stage that makes or measures an aligned model before fine-tuning."""
     stages = [stage for suites in view.graph.baselines().values() for stage in suites.values()]
     return costs_of(stages, Resolver(view.home.store))
-
-
-def artifacts_behind(view: StudyView, results: Sequence[Result]) -> list[Artifact]:
-    """The artifacts in the store that the results and the aligned models depend on, once each."""
-    graph, resolver = view.graph, Resolver(view.home.store)
-    stages = [stage for suites in graph.baselines().values() for stage in suites.values()]
-    stages += [
-        stage for result in results for stage in stages_or_reason(graph, result.point)[0].values()
-    ]
-    found = (resolver.artifact(stage) for stage in closure(stages))
-    return list({artifact.key: artifact for artifact in found if artifact is not None}.values())
 
 
 def baselines(view: StudyView) -> dict[str, dict[str, Metric]]:

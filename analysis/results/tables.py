@@ -5,7 +5,7 @@ Invariant: two runs of a study agree in every column but MEASURED_COLUMNS, howev
 killed and continued.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import pandas as pd
 
 from ebbline.analysis.results.columns import left_out_line, table_text
 from ebbline.analysis.results.costs import cost_columns
-from ebbline.analysis.results.frontier import finished, frontier, frontier_by_model
+from ebbline.analysis.results.frontier import finished, frontier, frontier_by_model, shortlist
 from ebbline.analysis.results.measurements import (
     Baselines,
     Evidence,
@@ -61,11 +61,41 @@ def results_frame(
     The last columns are the keys of its stages.
     """
     rows = sorted(results, key=lambda result: result.number)
-    overall = {result.number for result in frontier(rows, objectives)}
-    own = {
-        result.number for found in frontier_by_model(rows, objectives).values() for result in found
+    overall, own = _on_frontiers(rows, objectives)
+    columns = _settings_and_metrics(rows, rows, overall, own)
+    columns["seconds"] = _column([row.seconds for row in rows], "Float64")
+    columns |= {
+        name: _column(values, "Float64") for name, values in cost_columns(rows, profile).items()
     }
+    for stage in sorted({stage for row in rows for stage in row.keys}):
+        columns[stage] = _column([row.keys.get(stage) for row in rows], "string")
+    return pd.DataFrame(columns)
 
+
+def frontier_frame(results: Sequence[Result], objectives: Sequence[str]) -> pd.DataFrame:
+    """The rows of `results_frame` that are on a frontier, without costs and keys."""
+    rows = sorted(results, key=lambda each: each.number)
+    overall, own = _on_frontiers(rows, objectives)
+    kept = [row for row in rows if row.number in overall or row.number in own]
+    return pd.DataFrame(_settings_and_metrics(kept, rows, overall, own))
+
+
+def _on_frontiers(
+    rows: Sequence[Result], objectives: Sequence[str]
+) -> tuple[Collection[int], Collection[int]]:
+    """The numbers of the points on the frontier over all models, and on that of their own model."""
+    overall = {result.number for result in frontier(rows, objectives)}
+    by_model = frontier_by_model(rows, objectives).values()
+    return overall, {result.number for found in by_model for result in found}
+
+
+def _settings_and_metrics(
+    rows: Sequence[Result],
+    everything: Sequence[Result],
+    overall: Collection[int],
+    own: Collection[int],
+) -> dict[str, "pd.Series[Any]"]:
+    """The columns of `rows`, with all axes and metrics of `everything`."""
     columns: dict[str, pd.Series[Any]] = {
         "number": _column([row.number for row in rows], "Int64"),
         "point": _column([row.point.id for row in rows], "string"),
@@ -75,20 +105,14 @@ def results_frame(
         "same_as": _column([row.same_as for row in rows], "Int64"),
         "seeds": _column([seeds_of(row) or None for row in rows], "Int64"),
     }
-    for axis in axes_in(rows):
+    for axis in axes_in(everything):
         columns[axis] = _typed([dict(row.point.values).get(axis) for row in rows])
-    for name in metrics_in(rows):
+    for name in metrics_in(everything):
         columns |= _metric_columns(name, [row.metrics.get(name) for row in rows])
     columns["on_frontier"] = _column([row.number in overall for row in rows], "boolean")
     columns["on_model_frontier"] = _column([row.number in own for row in rows], "boolean")
     columns[DEFENCE.words.share] = _column([row.changed_share for row in rows], "Float64")
-    columns["seconds"] = _column([row.seconds for row in rows], "Float64")
-    columns |= {
-        name: _column(values, "Float64") for name, values in cost_columns(rows, profile).items()
-    }
-    for stage in sorted({stage for row in rows for stage in row.keys}):
-        columns[stage] = _column([row.keys.get(stage) for row in rows], "string")
-    return pd.DataFrame(columns)
+    return columns
 
 
 def axes_in(results: Sequence[Result]) -> list[str]:
@@ -101,10 +125,11 @@ def metrics_in(results: Sequence[Result]) -> list[str]:
 
 def _metric_columns(name: str, metrics: Sequence[Metric | None]) -> dict[str, "pd.Series[Any]"]:
     """The value, its sampling error (interval, stderr), counts, and the spread between seeds."""
+    intervals = [m.interval if m else (None, None) for m in metrics]
     return {
         name: _column([m and m.value for m in metrics], "Float64"),
-        f"{name}_low": _column([m and m.interval[0] for m in metrics], "Float64"),
-        f"{name}_high": _column([m and m.interval[1] for m in metrics], "Float64"),
+        f"{name}_low": _column([low for low, _ in intervals], "Float64"),
+        f"{name}_high": _column([high for _, high in intervals], "Float64"),
         f"{name}_stderr": _column([m and m.stderr for m in metrics], "Float64"),
         f"{name}_n": _column([m and m.n for m in metrics], "Int64"),
         f"{name}_undecided": _column([m and m.undecided for m in metrics], "Int64"),
@@ -232,7 +257,8 @@ def metric_column(name: str) -> str:
 def categories_frame(
     study: Study, results: Sequence[Result], baselines: Baselines, evidence: Evidence
 ) -> pd.DataFrame:
-    """A row for each category, suite and finished point, and for each aligned model ("aligned").
+    """A row for each category, suite and finished point, and for each aligned model ("aligned"). Of
+    many points, those of the shortlist have rows.
 
     Only suites whose metric is a share of samples count (see
     ebbline.analysis.results.statistics.SHARES). `point` is a point's id, `number` its number.
@@ -257,7 +283,7 @@ def categories_frame(
         (None, ALIGNED, model, model) for model in sorted(baselines, key=natural)
     ]
     points: list[tuple[int | None, str, str, Subject]] = [
-        (r.number, r.point.id, r.point.model, r) for r in finished(results)
+        (r.number, r.point.id, r.point.model, r) for r in shortlist(results, study.objectives)
     ]
     for number, point, model, subject in [*aligned, *points]:
         for suite, name in shares_of(study):

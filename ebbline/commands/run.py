@@ -20,7 +20,7 @@ from ebbline.analysis.results.costs import cost_label, prediction_label
 from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
 from ebbline.analysis.results.no_refusals import no_refusals
 from ebbline.analysis.results.retrying import retry_hint
-from ebbline.analysis.results.tables import frontier_text, results_frame
+from ebbline.analysis.results.tables import frontier_frame, frontier_text
 from ebbline.analysis.results.wording import NO_RESULT, status_label
 from ebbline.analysis.wandb import mirror
 from ebbline.checks.study_checks import progress as checking
@@ -211,7 +211,7 @@ def _run(
             attempts.make(
                 "the table of the frontier",
                 lambda: frontier_text(
-                    results_frame(results, study.objectives), study.objectives, table_width(wide)
+                    frontier_frame(results, study.objectives), study.objectives, table_width(wide)
                 ),
             )
             or "The table of the frontier could not be made."

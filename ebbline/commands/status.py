@@ -18,7 +18,7 @@ from ebbline.analysis.results.costs import cost_label, cost_summary, study_cost
 from ebbline.analysis.results.measurements import Baselines, Evidence
 from ebbline.analysis.results.no_refusals import no_refusals
 from ebbline.analysis.results.retrying import advice, retry_hint
-from ebbline.analysis.results.tables import frontier_text, results_frame
+from ebbline.analysis.results.tables import frontier_frame, frontier_text
 from ebbline.analysis.results.wording import NO_RESULT, reason_label, status_label
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.commands.slurm.queue import queued_job
@@ -270,7 +270,7 @@ def print_status(
         f"{cost_label(past.cost, home.profile)} in {past.driving_s / 3600:.3g} hours of driving"
     )
     print(f"spent: {driven}{f'; the budget: {budget}' if budget else ''}\n")
-    frame = results_frame(results, study.objectives)
+    frame = frontier_frame(results, study.objectives)
     print(frontier_text(frame, study.objectives, table_width(wide)))
     if text := answer_text(study, results, before, evidence, table_width(wide)):
         print(f"\n{text}")

@@ -9,6 +9,7 @@ store; existing outputs are reused. One driver at a time holds a study.
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, ExecutorKind
 from ebbline.cluster.executors.executor import Executor
@@ -37,7 +38,7 @@ from ebbline.sweeps.state.result_cache import ResultCache
 from ebbline.sweeps.state.spending import Stopped, require_prices, spending
 from ebbline.sweeps.state.stopping import Gains, rule_of, still_met
 from ebbline.sweeps.study.database import Hold
-from ebbline.sweeps.study.points import INVALID, Point, Result
+from ebbline.sweeps.study.points import INVALID, Point, Result, without_stages
 from ebbline.sweeps.study.stages import of_seeds, stages_or_reason
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
@@ -227,7 +228,24 @@ class _Drive:
             open_points = (*self.in_flight, *self.further.in_flight, *self.reloading)
             needed = [stage for entry in open_points for stage in entry.stages.values()]
             self.graph.forget(self.runner.let_go([*self.baselines, *needed]))
+            self._let_go_of_results()
             self.let_go_at = max(LET_GO_AT, LET_GO_GROWTH * len(self.runner.nodes))
+
+    def _let_go_of_results(self) -> None:
+        """Let go of the keys and costs of recorded results. Only a policy of further seeds reads
+        them again.
+        """
+        if self.study.replicates.policy != "all":
+            return
+        for number, result in self.results.items():
+            if result.keys or result.costs:
+                self.results[number] = without_stages(result)
+        for listed in (self.progress.results, self.progress.history):
+            for place, result in enumerate(listed):
+                lean = self.results[result.number]
+                listed[place] = (
+                    lean if result.same_as is None else replace(lean, same_as=result.same_as)
+                )
 
     def _show(self) -> None:
         self.live()

@@ -4,11 +4,13 @@ has none.
 ebbline.sweeps.study.stages decides which stages a point has.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from ebbline.cluster.schedule.costs import Cost, cost_of
+from ebbline.cluster.schedule.costs import Cost, cost_of, origin_of, stage_cost
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.state.races.racing import ArtifactLookup, Rivals, races, standing
 from ebbline.sweeps.state.replicates import seeds_needed, seeds_of
@@ -61,12 +63,14 @@ class Duplicates:
 
     def __init__(self, study: Study) -> None:
         self._study = study
-        self._found: dict[int, frozenset[tuple[str, str]]] = {}
-        self._first: dict[frozenset[tuple[str, str]], int] = {}
+        self._found: dict[int, bytes] = {}  # digests of fingerprints
+        self._first: dict[bytes, int] = {}
 
     def add(self, result: Result) -> None:
         if result.status == "done":
-            found = self._found[result.number] = fingerprint(self._study, result)
+            stages = sorted(fingerprint(self._study, result))
+            found = hashlib.sha256(json.dumps(stages).encode()).digest()
+            self._found[result.number] = found
             self._first[found] = min(result.number, self._first.get(found, result.number))
 
     def marked(self, result: Result) -> Result:
@@ -197,7 +201,12 @@ def costs_of(stages: Iterable[Stage], lookup: ArtifactLookup) -> dict[str, Cost]
     """Key -> cost of the finished stages and of all stages above them."""
     found = (lookup.artifact(stage) for stage in closure(stages))
     return {
-        artifact.key: cost_of(artifact.provenance) for artifact in found if artifact is not None
+        each.key: stage_cost(
+            origin_of(each.kind, int(each.hashed["version"]), each.provenance),
+            tuple(cost_of(each.provenance).gpu_s.items()),
+        )
+        for each in found
+        if each is not None
     }
 
 

@@ -55,7 +55,10 @@ DIRECTIONS = {
 }
 
 
-@dataclass(frozen=True)
+_NOT_DRAWN: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A proposed point: its measured objectives (means over seeds), their standard errors, and by
     how much it misses each constraint (at most 0 when it holds). `trial` is Optuna's trial number.
@@ -72,7 +75,7 @@ class Entry:
     misses: tuple[tuple[str, float], ...] = ()
     reason: str = ""
     drawn: Mapping[str, Any] = field(
-        default_factory=dict
+        default_factory=lambda: _NOT_DRAWN
     )  # what its sampler needs to replay the draw (see ebbline.sweeps.search.samplers)
     max_seeds: int | None = None
     lost: str = ""
@@ -120,7 +123,7 @@ class Trials:
                 state=TrialState.RUNNING, user_attrs=attributes, **self.names.parameters(point)
             )
         )
-        self.entries.append(Entry(number, point, drawn=drawn or {}))
+        self.entries.append(Entry(number, point, drawn=drawn or _NOT_DRAWN))
         return len(self.entries) - 1
 
     def finish(
@@ -328,7 +331,7 @@ def _entry(trial: FrozenTrial, marks: Mapping[str, Any]) -> Entry:
         tuple(trial.user_attrs.get(ERRORS, ())),
         tuple(sorted(trial.constraints.items())),
         current_reason(str(marks.get(f"{REASON}:{trial.number}", gave_up.get("reason", "")))),
-        trial.user_attrs.get(DRAWN, {}),
+        trial.user_attrs.get(DRAWN, _NOT_DRAWN),
         gave_up.get("most"),
         current_reason(str(marks.get(f"{LOST}:{trial.number}", ""))),
     )

@@ -13,7 +13,7 @@ This module alone decides what two points share. Points share
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -31,7 +31,7 @@ OF_TRAINING = ("data", "train", ADAPTER)
 Value = None | bool | int | float | str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Point:
     """`values` maps an axis (`train.rank`) to its value, in the order of the axes' names."""
 
@@ -166,7 +166,7 @@ def ended(reason: str) -> Status:
     return "invalid" if reason.startswith(INVALID) else "failed"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Result:
     """One point of a study: its metrics by full name (`refusal.refusal_rate`), pooled over seeds,
     or `reason` when it has none.
@@ -192,6 +192,15 @@ class Result:
     changed_share: float | None = None
     costs: Mapping[str, Cost] = field(default_factory=dict)
     same_as: int | None = None
+
+
+_NO_COSTS: Mapping[str, Cost] = {}
+_NO_KEYS: Mapping[str, str] = {}
+
+
+def without_stages(result: Result) -> Result:
+    """The result without the keys and costs of its stages, which are most of its memory."""
+    return replace(result, keys=_NO_KEYS, costs=_NO_COSTS)
 
 
 def distinct(results: Sequence[Result]) -> list[Result]:

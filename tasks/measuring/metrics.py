@@ -45,7 +45,7 @@ def _normal_quantile(share: float) -> float:
     return float(ndtri(share))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Metric:
     """A rate over `n` samples with its 95% Wilson interval, or the mean of scores in [0, 1] with
     its 95% normal interval. No interval is a single value.

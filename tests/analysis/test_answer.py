@@ -1,5 +1,7 @@
 """The answer's sentences: what they report, hedge, and report as absent."""
 
+from dataclasses import replace
+
 from ebbline.analysis.report.answer import answer
 from ebbline.analysis.results.measurements import (
     NO_EVIDENCE,
@@ -264,7 +266,7 @@ def test_a_metric_without_per_sample_success_is_compared_by_its_intervals(study:
     low, high = (Metric.of("rouge_l", [value] * 99 + [value + 0.01]) for value in (0.3, 0.6))
     rows = [result(0, refusal=0.3), result(1, refusal=0.95, share=0.5, threshold=0.5)]
     rows = [
-        Result(**{**vars(row), "metrics": {**row.metrics, rouge: m}})
+        replace(row, metrics={**row.metrics, rouge: m})
         for row, m in zip(rows, (high, low), strict=True)
     ]
     held = Held(
