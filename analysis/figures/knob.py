@@ -217,11 +217,12 @@ def _spread(axes: Axes, own: Sequence[Result], name: str, none_at: float, marks:
         zorder=1.5,
     )
     distinct = np.unique(at_N)
-    groups = (
-        [np.flatnonzero(at_N == value) for value in distinct]
-        if len(distinct) <= MOST_GROUPS
-        else np.array_split(np.arange(len(rest)), MOST_GROUPS)
-    )
+    if len(distinct) > MOST_GROUPS:  # groups of about equal size, none of which splits a value
+        inner = np.quantile(at_N, np.linspace(0, 1, MOST_GROUPS + 1)[1:-1])
+        group_N = np.searchsorted(np.unique(inner), at_N, side="right")
+    else:
+        group_N = np.searchsorted(distinct, at_N)
+    groups = [np.flatnonzero(group_N == group) for group in np.unique(group_N)]
     if groups:
         centres = [float(np.median(at_N[group])) for group in groups]
         low, middle, high = np.array(

@@ -11,6 +11,7 @@ them logs one warning and continues. When no driver holds the study
 null, that driver was killed. ebbline.sweeps.drive.snapshot writes both files.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -180,4 +181,9 @@ def host_names(folder: Path) -> set[str]:
     """The names of the hosts that a study has run on, from live.json and timeline.jsonl."""
     live = read_live(folder)
     names = {each.name for each in live.hosts} if live is not None else set[str]()
-    return names | {each.host for each in read_timeline(folder) if each.host}
+    for line in whole_lines(folder / TIMELINE):  # a long one; of each line only the host
+        with suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict) and isinstance(found.get("host"), str):
+                names.add(found["host"])
+    return names - {""}

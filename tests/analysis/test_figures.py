@@ -190,6 +190,22 @@ def test_the_line_of_many_trainings_is_the_median_of_each_threshold() -> None:
     assert f"{MOST_LOOKS + 1} trainings are too many" in threshold_caption(results)
 
 
+def test_no_group_of_thresholds_splits_a_value() -> None:
+    """Half of the points have one threshold; the line has one place for it."""
+    results = many_results(MOST_LOOKS + 1, 60)
+    results = [
+        each
+        if each.number % 2
+        else result(each.number, threshold=0.5, rank=each.number % 50 + 1, share=0.5)
+        for each in results
+    ]
+    figure = threshold_figure(results, [REFUSAL])
+    assert figure is not None
+    (line,) = [each for each in figure.axes[0].lines if each.get_linewidth() == 1.6]
+    places = [x for x, _ in line.get_xydata()]
+    assert 5 < len(places) <= 20 and len(set(places)) == len(places)
+
+
 def test_results_without_thresholds_have_no_threshold_figure() -> None:
     plain = result(0)
     without_axis = Result(0, Point.of("small", {"train.rank": 8}), "done", plain.metrics)
