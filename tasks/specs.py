@@ -11,6 +11,7 @@ from datetime import date
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -51,6 +52,21 @@ TaskScorerName = Literal["exact", "choice", "number", "rouge_l"]
 JudgeTemplate = Literal["harmbench", "llama-guard", "yes-no", "classifier"]
 Quantisation = Literal["none", "int8", "nf4"]
 Dtype = Literal["float32", "bfloat16"]
+TRANSFORMERS = "transformers"
+SERVED = re.compile(r"[a-z0-9][a-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.+_-]*")
+
+
+def _backend(value: str) -> str:
+    if value != TRANSFORMERS and not SERVED.fullmatch(value):
+        raise ValueError(
+            f"{value!r} must be {TRANSFORMERS}, or a server with its version, such as vllm==0.32.0"
+        )
+    return value
+
+
+# What computes completions: this process, or a server (NAME==VERSION). Where the server lies is the
+# profile's, and is never hashed.
+Backend = Annotated[str, AfterValidator(_backend)]
 # Whose tokenizer and chat template a measurement of an adapter uses
 TokenizerOf = Literal["model", "adapter"]
 
@@ -307,6 +323,15 @@ class Decoding(Frozen):
     prefill_chunk_size: None = None
 
 
+def require_servable(backend: str, quantisation: str) -> None:
+    """Raise ValueError for a quantisation that a server does not load."""
+    if backend != TRANSFORMERS and quantisation == "int8":
+        raise ValueError(
+            f"the backend {backend} loads weights whole or as nf4; use the backend {TRANSFORMERS} "
+            "for int8"
+        )
+
+
 class Block(Frozen):
     """The `size` rows of a set that begin at row `index` x `size`, in a random order that is the
     same for every model.
@@ -323,9 +348,9 @@ class GenerateSpec(Spec):
     `label` keeps only the rows with that label (XSTest has both); a set without labels is kept
     whole. With `needs_answer`, a row without a reference answer is an error before the generation
     starts. With `compared_by`, so is a reference answer that this task scorer cannot compare with.
-    The backend is part of the identity, because its kernels round differently; so is `batch_size`
-    (`ebbline.tasks.data.batch_shape`). `tokenizer: adapter` uses the tokenizer and chat template
-    beside the adapter.
+    The backend is part of the identity with its version, because its kernels round differently; so
+    is `batch_size` (`ebbline.tasks.data.batch_shape`). `tokenizer: adapter` uses the tokenizer and
+    chat template beside the adapter.
     """
 
     KIND: ClassVar[str] = "generate"
@@ -345,17 +370,13 @@ class GenerateSpec(Spec):
     dtype: Dtype = "bfloat16"
     chat: Chat = DEFAULT_CHAT
     tokenizer: TokenizerOf = "model"
-    backend: Literal["transformers", "vllm"] = "transformers"
+    backend: Backend = TRANSFORMERS
     batch_size: BatchSize = 32
     decoding: Decoding = Decoding()
 
     @model_validator(mode="after")
-    def _vllm_has_its_own_quantisation(self) -> Self:
-        if self.backend == "vllm" and self.quantisation == "int8":
-            raise ValueError(
-                "the backend vllm loads bitsandbytes weights as nf4 only; use the backend "
-                "transformers for int8"
-            )
+    def _a_server_loads_no_int8(self) -> Self:
+        require_servable(self.backend, self.quantisation)
         return self
 
 
@@ -418,7 +439,7 @@ class ScoreSpec(Spec):
 
 class EvaluateSpec(Spec):
     """An lm-eval task on one model, with or without an adapter. Inputs: model, prompts (the task's
-    data), and optionally adapter. `chat` and `tokenizer` are as in GenerateSpec.
+    data), and optionally adapter. `chat`, `tokenizer` and `backend` are as in GenerateSpec.
     """
 
     KIND: ClassVar[str] = "evaluate"
@@ -433,3 +454,11 @@ class EvaluateSpec(Spec):
     decoding: Decoding = Decoding()
     chat: Chat = DEFAULT_CHAT
     tokenizer: TokenizerOf = "model"
+    backend: Backend = Field(
+        default=TRANSFORMERS, exclude_if=lambda backend: backend == TRANSFORMERS
+    )
+
+    @model_validator(mode="after")
+    def _a_server_loads_no_int8(self) -> Self:
+        require_servable(self.backend, self.quantisation)
+        return self

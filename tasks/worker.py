@@ -23,6 +23,7 @@ from ebbline.tasks.errors import (
     Damaged,
     DiskFull,
     EbblineError,
+    EndpointDown,
     Leaving,
     OutOfMemory,
     TrainingError,
@@ -179,9 +180,10 @@ class _Batch:
                         pack_s = round(time.monotonic() - started, 3)
                         shared = {"packed": len(turns), "pack_seconds": pack_s}
                     yield Report(key, seconds, environment={**details, **shared})
-        except Leaving as leaving:
+        # Alone none of them would end otherwise
+        except (Leaving, EndpointDown) as reason:
             for turn in waiting.values():
-                yield self._failed(turn.request, leaving, time.monotonic() - started)
+                yield self._failed(turn.request, reason, time.monotonic() - started)
             return
         # Run one by one, the training at fault fails with an error of its own
         except Exception as error:  # noqa: BLE001
@@ -324,7 +326,8 @@ def _grouped(
     """(key, seconds, None, environment) of each generation of a group, as soon as its files are
     written. One that the group leaves out is not yielded.
     """
-    from ebbline.tasks.measuring.grouped.generations import Member, run  # imports transformers
+    from ebbline.tasks.measuring.backends import run_group  # imports transformers
+    from ebbline.tasks.measuring.grouped.generations import Member
 
     keys: dict[Member, str] = {}
     for turn in turns:
@@ -332,7 +335,7 @@ def _grouped(
             member = Member(turn.spec, turn.inputs, Path(turn.request.out), turn.ctx)
             keys[member] = turn.request.key
     reset_peak_memory(turns[0].ctx.device)
-    for member in run(list(keys)):
+    for member in run_group(list(keys)):
         yield keys[member], member.seconds, None, environment(member.ctx, None)
 
 

@@ -13,6 +13,8 @@ from pydantic import Field, model_validator
 
 from ebbline.tasks.data.prompts import PromptSet, read_prompts
 from ebbline.tasks.specs import (
+    TRANSFORMERS,
+    Backend,
     BatchSize,
     Block,
     Count,
@@ -52,14 +54,15 @@ class _Generated(Frozen):
     """Settings of every suite that generates completions. `limit` uses that many prompts, evenly
     spaced over the set.
 
-    `backend: vllm` needs a GPU and the extra `vllm`. `batch_size` is the most prompts of a batch; a
-    smaller one needs less memory, and rounds differently.
+    `backend: vllm==0.32.0` completes them at a server of that version, which the profile names.
+    `batch_size` is the most prompts of a batch; a smaller one needs less memory, and rounds
+    differently.
     """
 
     format: PromptFormat = "auto"
     max_new_tokens: Count = 64
     limit: Count | None = None
-    backend: Literal["transformers", "vllm"] = "transformers"
+    backend: Backend = TRANSFORMERS
     batch_size: BatchSize = 32
     race: Race | None = None
 
@@ -119,6 +122,7 @@ class MultipleChoiceSuite(Frozen):
     shots: Annotated[int, Field(ge=0)] | None = None
     chat_template: bool = False
     limit: Count | None = None
+    backend: Backend = TRANSFORMERS
     batch_size: BatchSize = 32
 
     def metrics(self) -> tuple[str, ...]:
@@ -193,6 +197,7 @@ def stages_of(
             shots=suite.shots_given,
             chat_template=suite.chat_template,
             limit=suite.limit,
+            backend=suite.backend,
             batch_size=suite.batch_size,
             **model,
         )

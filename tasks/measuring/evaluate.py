@@ -7,8 +7,9 @@ lm-eval's own task of the given name, and its YAML is ignored.
 Invariant: this stage downloads nothing and runs no code that comes with data.
 
 lm-eval builds the requests and scores the answers; ebbline.tasks.measuring.prefix_lm computes the
-log-likelihoods. Tasks, requests and tokens do not depend on the adapter, so they are built once for
-a base model. See docs/capability.md.
+log-likelihoods, or a server does (ebbline.tasks.measuring.lm_tasks.served_model). Tasks, requests
+and tokens do not depend on the adapter, so they are built once for a base model. See
+docs/capability.md.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -39,10 +40,11 @@ from ebbline.tasks.measuring.grouped.layers import adapter_on
 from ebbline.tasks.measuring.lm_tasks.definitions import METRICS, use_sandbox
 from ebbline.tasks.measuring.lm_tasks.prefix_model import PrefixLM
 from ebbline.tasks.measuring.lm_tasks.rows_cache import fingerprint, rows_cached
+from ebbline.tasks.measuring.lm_tasks.served_model import ServedLM
 from ebbline.tasks.measuring.lm_tasks.sources import tasks_of
 from ebbline.tasks.measuring.metrics import Metric, Sample, write_metrics, write_samples
 from ebbline.tasks.measuring.prefix_lm import Plan, plan
-from ebbline.tasks.specs import EvaluateSpec
+from ebbline.tasks.specs import TRANSFORMERS, EvaluateSpec
 from ebbline.tasks.stage import Context
 
 ANSWERS = "answers.jsonl"
@@ -82,29 +84,14 @@ class Prepared:
 
 def run(spec: EvaluateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings quote items
-    resident, tokenizer = ctx.residents.model(
-        inputs["model"],
-        spec.quantisation,
-        spec.dtype,
-        ctx.device,
-        spec.chat,
-        checked=spec.chat_template,
-        adapter=tokenizer_beside(spec, inputs),
-    )
-    resident.eval()
+    measured = _loaded if spec.backend == TRANSFORMERS else _served
     folder = inputs["prompts"]
-    asked = (spec.task, spec.shots, spec.chat_template, spec.limit)
-    key = ("lm-eval", *asked, tokenizer, fingerprint(folder))
-    with adapter_on(resident, inputs.get("adapter"), ctx.residents) as model:
-        lm = PrefixLM(
-            pretrained=model,
-            tokenizer=tokenizer,
-            batch_size=1 if rows_meet(model) else spec.batch_size,
-            backend="causal",
-            softmax_dtype="float32",
-        )
+    with measured(spec, inputs, ctx) as lm:
+        asked = (spec.task, spec.shots, spec.chat_template, spec.limit)
+        key = ("lm-eval", *asked, lm.tokenizer, fingerprint(folder))
         prepared = ctx.residents.remembered(key, lambda: prepare(spec, folder, lm))
         answer(prepared, lm, ctx)
+        tokenizer = lm.tokenizer
     rows = item_rows(prepared)
     with (out / ANSWERS).open("w") as handle:
         handle.writelines(json.dumps(row) + "\n" for row in rows)
@@ -126,6 +113,41 @@ def run(spec: EvaluateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
         ],
     )
     write_metrics(out, [Metric.of(name, [row[name] for row in rows]) for name in names])
+
+
+@contextlib.contextmanager
+def _loaded(spec: EvaluateSpec, inputs: Mapping[str, Path], ctx: Context) -> Iterator[PrefixLM]:
+    """The model in this process, with the adapter on it."""
+    resident, tokenizer = ctx.residents.model(
+        inputs["model"],
+        spec.quantisation,
+        spec.dtype,
+        ctx.device,
+        spec.chat,
+        checked=spec.chat_template,
+        adapter=tokenizer_beside(spec, inputs),
+    )
+    resident.eval()
+    with adapter_on(resident, inputs.get("adapter"), ctx.residents) as model:
+        yield PrefixLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=1 if rows_meet(model) else spec.batch_size,
+            backend="causal",
+            softmax_dtype="float32",
+        )
+
+
+@contextlib.contextmanager
+def _served(spec: EvaluateSpec, inputs: Mapping[str, Path], ctx: Context) -> Iterator[PrefixLM]:
+    """The model at the server of the Spec's backend."""
+    tokenizer = ctx.residents.tokenizer(
+        inputs["model"],
+        spec.chat,
+        checked=spec.chat_template,
+        adapter=tokenizer_beside(spec, inputs),
+    )
+    yield ServedLM(spec, inputs["model"], inputs.get("adapter"), tokenizer, ctx)
 
 
 def prepare(spec: EvaluateSpec, folder: Path, lm: PrefixLM) -> Prepared:
