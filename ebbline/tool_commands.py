@@ -219,6 +219,27 @@ def evaluate(
             show_default="32",
         ),
     ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help="What completes the prompts: transformers, or a server, NAME==VERSION.",
+            show_default="transformers",
+        ),
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            help="Where that server lies: the Python of an environment with vLLM, or a URL.",
+            show_default=False,
+        ),
+    ] = None,
+    check_backend: Annotated[
+        bool,
+        typer.Option(
+            "--check-backend",
+            help="Let transformers complete the prompts too, and report each that differs.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
     wide: WideOption = False,
 ) -> None:
@@ -237,6 +258,7 @@ def evaluate(
         "shots": shots,
         "chat_template": chat_template,
         "batch_size": batch_size,
+        "backend": backend,
     }
     with progress_bar("measuring") as progress:
         measured = measure(
@@ -252,6 +274,8 @@ def evaluate(
             tokenizer=tokenizer,
             baseline=baseline,
             device=device,
+            server=server,
+            check_backend=check_backend,
             progress=progress,
         )
     print_measured(measured, as_json, wide)

@@ -7,14 +7,11 @@ import os
 import subprocess
 from pathlib import Path
 
+from ebbline.tasks.measuring.served.place import VERSION_OF_VLLM
 from tests.shared import ROOT
 
 VARIABLE = "EBBLINE_TEST_VLLM"
 MISSING = "vLLM is not installed: `make vllm` makes an environment for it in build/vllm"
-_VERSION = (
-    "from importlib.metadata import packages_distributions as p, version;"
-    "print(version(p()['vllm'][0]))"
-)
 
 
 def interpreter() -> Path | None:
@@ -29,5 +26,5 @@ def interpreter() -> Path | None:
 def version(python: Path) -> str:
     """The version of its vLLM."""
     return subprocess.run(
-        [python, "-c", _VERSION], capture_output=True, text=True, check=True
+        [python, "-c", VERSION_OF_VLLM], capture_output=True, text=True, check=True
     ).stdout.strip()

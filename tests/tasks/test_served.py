@@ -16,7 +16,9 @@ import pytest
 from pydantic import ValidationError
 
 from ebbline.cluster.profile import Profile
-from ebbline.tasks.errors import EndpointDown, EvaluationError, ModelError
+from ebbline.sweeps.study.servers import require_servers
+from ebbline.sweeps.study.study_file import load
+from ebbline.tasks.errors import EndpointDown, EvaluationError, ModelError, StudyError
 from ebbline.tasks.identity import digest
 from ebbline.tasks.measuring.completions import read_completions
 from ebbline.tasks.measuring.grouped.requests import group_name
@@ -167,6 +169,21 @@ def test_a_stage_gets_the_place_of_its_own_backend():
     assert found is not None and ServerPlace.model_validate(found).python == "/p"
     assert profile.server_of(GenerateSpec()) is None
     assert profile.server_of(GenerateSpec(backend="vllm==2")) is None
+
+
+def test_a_study_whose_server_nothing_names_does_not_start():
+    study = load("quickstart")
+    require_servers(study, Profile())
+    entry = study.suites["mmlu"]
+    changed = entry.model_copy(
+        update={"measure": entry.measure.model_copy(update={"backend": BACKEND})}
+    )
+    served = study.model_copy(update={"suites": {**study.suites, "mmlu": changed}})
+    with pytest.raises(
+        StudyError, match=r"suites\.mmlu\.measure\.backend is lab==7, .*Add `servers"
+    ):
+        require_servers(served, Profile(servers={"vllm==1": {"python": "p"}}))
+    require_servers(served, Profile(servers={BACKEND: {"address": "http://h/v1"}}))
 
 
 def test_a_command_line_names_an_interpreter_or_an_address():
@@ -433,7 +450,7 @@ def test_adapters_share_one_stream_and_get_their_own_completions(
     ("settings", "place", "reason"),
     [
         ({"version": "8"}, {}, "states the version 8; measure with `backend: lab==8`"),
-        ({}, {"models": {}}, "write `models: {000000000000: NAME}` beside its address"),
+        ({}, {"models": {}}, 'write `models: {"000000000000": NAME}` beside its address'),
         ({}, {"models": {"0" * 12: "other"}}, "it has no 'other'"),
     ],
 )
@@ -514,3 +531,86 @@ def test_what_a_server_needs_follows_from_its_adapters(tmp_path, pair, adapters)
     assert (wanted.rank, wanted.adapters, wanted.rows) == (8, 2, 16)
     assert wanted.tokens == 256  # the most that the model is made for
     assert {"q_proj", "down_proj"} < wanted.names
+
+
+def evaluated(*arguments):
+    from typer.testing import CliRunner
+
+    from ebbline.cli import app
+
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+
+
+def test_the_command_measures_at_an_address_and_reports_each_completion_that_differs(
+    stand, tmp_path, pair, adapters
+):
+    from tests.tiny import conversations, write_lines
+
+    server = stand(root=str(pair.aligned))
+    rows = [
+        {"id": f"p{n}", "prompt": turns[0]["content"]} for n, turns in enumerate(conversations(4))
+    ]
+    prompts = write_lines(tmp_path / "set.jsonl", rows)
+    arguments = [
+        *("--model", pair.aligned, "--suite", "refusal", "--prompts", prompts),
+        *("--adapter", adapters[1], "--adapter", adapters[2], "--dtype", "float32"),
+        *("--max-new-tokens", NEW, "--out", tmp_path / "out", "--backend", BACKEND),
+        *("--server", server.url, "--check-backend"),
+    ]
+    done = evaluated(*arguments)
+    assert done.exit_code == 0, done.output
+    assert "4 of its completions differ from those of transformers" in done.output
+    for name in ("model", "one", "two"):
+        found = (tmp_path / "out" / name / "differences.csv").read_text().splitlines()
+        assert [line.partition(",")[0] for line in found] == ["id", "p0", "p1", "p2", "p3"]
+        assert "word" not in "".join(found)
+    asked = len(server.bodies)
+    assert asked == 12 and evaluated(*arguments).exit_code == 0 and len(server.bodies) == asked
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (["--backend", "lab==7"], "give both"),
+        (["--server", "http://h/v1"], "give both"),
+        (["--backend", "lab==7", "--server", "/bin/python"], "starts vLLM only"),
+        (["--backend", "lab==7", "--server", "http://u:secret@h/v1"], "user name, a key"),
+        (["--check-backend"], "needs --backend"),
+    ],
+)
+def test_a_command_that_names_half_a_server_is_an_error(tmp_path, pair, given, reason):
+    from tests.tiny import write_lines
+
+    prompts = write_lines(tmp_path / "set.jsonl", [{"id": "1", "prompt": "word1"}])
+    suite = ["--model", pair.aligned, "--suite", "refusal", "--prompts", prompts]
+    done = evaluated(*suite, "--out", tmp_path / "out", *given)
+    assert done.exit_code == 1 and reason in done.output and "secret" not in done.output
+
+
+@pytest.mark.process
+def test_doctor_finds_each_server_and_its_version(stand, tmp_path):
+    from ebbline.commands.doctor import _server
+
+    found = {
+        name: _server(backend, place)[0]
+        for name, backend, place in (
+            ("there", BACKEND, ServerPlace(address=stand().url)),
+            ("other", "lab==8", ServerPlace(address=stand().url)),
+            ("silent", BACKEND, ServerPlace(address=stand(version=None).url)),
+            ("none", "vllm==1", ServerPlace(python=sys.executable)),
+            ("absent", "vllm==1", ServerPlace(python=str(tmp_path / "python"))),
+        )
+    }
+    verdicts = {name: finding.verdict for name, finding in found.items()}
+    assert verdicts == {
+        "there": "ok",
+        "other": "problem",
+        "silent": "ok",
+        "none": "problem",
+        "absent": "problem",
+    }
+    assert "lab==7 in HOME/cluster.yaml" in found["other"].remedy
+    assert (
+        "no vLLM is installed there" in found["none"].seen
+        and "states no version" in found["silent"].seen
+    )

@@ -15,6 +15,13 @@ from ebbline.tasks.specs import SERVED, Count, Frozen, Number
 
 VLLM = "vllm=="
 KEY = "EBBLINE_SERVER_KEY"
+# Prints it. The package of another build of vLLM may have another name.
+VERSION_OF_VLLM = """
+import sys
+from importlib.metadata import packages_distributions, version
+found = packages_distributions().get("vllm")
+print(version(found[0])) if found else sys.exit("no vLLM is installed there")
+"""
 
 
 class ServerPlace(Frozen):
@@ -87,6 +94,11 @@ def require_backends(servers: Mapping[str, ServerPlace]) -> None:
             raise ValueError(
                 f"ebbline starts vLLM only; start {backend} yourself and give its `address`"
             )
+
+
+def is_version(backend: str, stated: str) -> bool:
+    """Whether a server that states this version is the backend; a build's label may be left out."""
+    return backend.partition("==")[2] in (stated, stated.partition("+")[0])
 
 
 def given_at(place: str) -> ServerPlace:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.served.client import Client
-from ebbline.tasks.measuring.served.place import ServerPlace, place_of
+from ebbline.tasks.measuring.served.place import ServerPlace, is_version, place_of
 from ebbline.tasks.measuring.served.starting import ServerProcess, started
 from ebbline.tasks.measuring.served.wanted import Wanted
 from ebbline.tasks.stage import Context
@@ -36,15 +36,13 @@ class Server:
     def require_version(self) -> None:
         """Raise EvaluationError if it states another version than the backend's."""
         self.version = self.client.version()
-        backend, expected = self.wanted.backend, self.wanted.backend.partition("==")[2]
-        if self.version is not None:
-            short = self.version.partition("+")[0]
-            if expected not in (self.version, short):
-                raise EvaluationError(
-                    f"the server of the backend {backend} states the version {self.version}; "
-                    f"measure with `backend: {backend.partition('==')[0]}=={short}`, or give the "
-                    "place of the other version"
-                )
+        backend = self.wanted.backend
+        if self.version is not None and not is_version(backend, self.version):
+            name, short = backend.partition("==")[0], self.version.partition("+")[0]
+            raise EvaluationError(
+                f"the server of the backend {backend} states the version {self.version}; measure "
+                f"with `backend: {name}=={short}`, or give the place of the other version"
+            )
 
     def serves(self, wanted: Wanted) -> bool:
         """Whether it can measure this too, without another start."""
@@ -133,7 +131,7 @@ def _found(wanted: Wanted, place: ServerPlace, content: str) -> tuple[Client, st
         raise EvaluationError(
             f"nothing says which model of {place.address} is {wanted.model} (content "
             f"{content[:12] or 'not known'}){known}. It has {', '.join(models) or 'none'}: write "
-            f"`models: {{{content[:12] or 'DIGEST'}: NAME}}` beside its address"
+            f'`models: {{"{content[:12] or "DIGEST"}": NAME}}` beside its address'
         )
     return client, name
 
