@@ -213,8 +213,8 @@ def evaluate(
             )
         for name, ctx, stage in generated if check_backend else ():
             at = Path(out) / name
-            own = Stage(stage.spec.model_copy(update={"backend": TRANSFORMERS}), stage.inputs)
-            _run(own, {}, at / CHECKED, ctx)
+            again = Stage(stage.spec.model_copy(update={"backend": TRANSFORMERS}), stage.inputs)
+            _run(again, {}, at / CHECKED, ctx)
             rows = differences(at / stage.kind, at / CHECKED)
             write_differences(at / DIFFERENCES, rows)
             results[name] = replace(results[name], differing=len(rows))

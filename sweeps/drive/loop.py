@@ -38,8 +38,8 @@ from ebbline.sweeps.state.spending import Stopped, require_prices, spending
 from ebbline.sweeps.state.stopping import Gains, rule_of, still_met
 from ebbline.sweeps.study.database import Hold
 from ebbline.sweeps.study.points import INVALID, Point, Result
-from ebbline.sweeps.study.servers import require_servers
 from ebbline.sweeps.study.stages import of_seeds, stages_or_reason
+from ebbline.sweeps.study.suites import require_servers
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 
@@ -72,7 +72,8 @@ def drive(
         graph = view.graph
         check_written_points(study)
         require_prices(study, home.profile)
-        require_servers(study, home.profile)
+        suites = {name: suite.measure for name, suite in study.suites.items()}
+        require_servers(suites, home.profile)
         # The database gets a widened study before the home does. A driver that is killed in between
         # finds the old study in the home, and widens it once more.
         searcher = StudySearcher(study, database, view.begun_as())

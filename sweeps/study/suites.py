@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ebbline.cluster.profile import Profile
 from ebbline.tasks.data.prompts import PromptSet, read_prompts
+from ebbline.tasks.errors import StudyError
 from ebbline.tasks.specs import (
     TRANSFORMERS,
     Backend,
@@ -229,3 +231,15 @@ def stages_of(
     also = () if isinstance(suite, TaskSuite) else suite.also
     stages[name] = Stage(ScoreSpec(measure=suite.kind, scorer=suite.scorer, also=also), scored)
     return stages
+
+
+def require_servers(suites: Mapping[str, Suite], profile: Profile) -> None:
+    """Raise StudyError for a suite whose server is not in the profile."""
+    for name, suite in suites.items():
+        if suite.backend != TRANSFORMERS and suite.backend not in profile.servers:
+            known = f" It names {', '.join(sorted(profile.servers))}." if profile.servers else ""
+            raise StudyError(
+                f"suites.{name}.measure.backend is {suite.backend}, and cluster.yaml in the home "
+                f"does not say where that server lies.{known} Add `servers: {{{suite.backend}: "
+                "{python: /path/to/its/python}}` there, or `address: URL` in place of `python`"
+            )

@@ -16,8 +16,7 @@ import pytest
 from pydantic import ValidationError
 
 from ebbline.cluster.profile import Profile
-from ebbline.sweeps.study.servers import require_servers
-from ebbline.sweeps.study.study_file import load
+from ebbline.sweeps.study.suites import MultipleChoiceSuite, RefusalSuite, require_servers
 from ebbline.tasks.errors import EndpointDown, EvaluationError, ModelError, StudyError
 from ebbline.tasks.identity import digest
 from ebbline.tasks.measuring.completions import read_completions
@@ -172,18 +171,13 @@ def test_a_stage_gets_the_place_of_its_own_backend():
 
 
 def test_a_study_whose_server_nothing_names_does_not_start():
-    study = load("quickstart")
-    require_servers(study, Profile())
-    entry = study.suites["mmlu"]
-    changed = entry.model_copy(
-        update={"measure": entry.measure.model_copy(update={"backend": BACKEND})}
-    )
-    served = study.model_copy(update={"suites": {**study.suites, "mmlu": changed}})
+    suites = {"refusal": RefusalSuite(), "mmlu": MultipleChoiceSuite(task="t", backend=BACKEND)}
     with pytest.raises(
-        StudyError, match=r"suites\.mmlu\.measure\.backend is lab==7, .*Add `servers"
+        StudyError, match=r"suites\.mmlu\.measure\.backend is lab==7, .*vllm==1\. Add `servers"
     ):
-        require_servers(served, Profile(servers={"vllm==1": {"python": "p"}}))
-    require_servers(served, Profile(servers={BACKEND: {"address": "http://h/v1"}}))
+        require_servers(suites, Profile(servers={"vllm==1": {"python": "p"}}))
+    require_servers(suites, Profile(servers={BACKEND: {"address": "http://h/v1"}}))
+    require_servers({"refusal": RefusalSuite()}, Profile())
 
 
 def test_a_command_line_names_an_interpreter_or_an_address():
