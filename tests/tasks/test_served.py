@@ -498,6 +498,43 @@ def test_generations_of_one_server_form_a_group(tmp_path, pair):
     assert name("lab==7") and len({name("lab==7"), name("lab==8"), name("transformers")}) == 3
 
 
+def test_the_place_reaches_the_stage_from_the_profile_and_is_in_no_key(
+    stand, tmp_path, pair, adapters
+):
+    from ebbline.cluster.executors.inline import InlineExecutor
+    from ebbline.cluster.running.runner import Runner
+    from ebbline.cluster.store.artifacts import Store
+    from ebbline.tasks.identity import content_digest
+    from ebbline.tasks.stage import Source, Stage
+    from tests.tiny import write_lines
+
+    prompts = write_lines(tmp_path / "set.jsonl", [{"id": "1", "prompt": "word1 word2"}])
+
+    def source(path):
+        return Source(content_digest(path), str(path))
+
+    inputs = {"model": source(pair.aligned), "prompts": source(prompts)}
+    stages = [
+        Stage(
+            GenerateSpec(backend=BACKEND, dtype="float32", max_new_tokens=NEW),
+            inputs | ({"adapter": source(adapter)} if adapter else {}),
+        )
+        for adapter in adapters
+    ]
+    keys = []
+    for place in ("first", "second"):  # an address each, in a store each
+        server = stand()
+        models = {inputs["model"].content: "served"}
+        profile = Profile(servers={BACKEND: {"address": server.url, "models": models}})
+        runner = Runner(Store(tmp_path / place), InlineExecutor(gpus=1), profile=profile)
+        runner.add(stages)
+        while not all(runner.settled(stage) for stage in stages):
+            runner.step()
+        assert len(server.bodies) == 3 and server.paths.count("/version") == 1  # one batch
+        keys.append([runner.artifact(stage).key for stage in stages])
+    assert keys[0] == keys[1] and len(set(keys[0])) == 3
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
