@@ -8,7 +8,7 @@ the output (device, micro-batch, world size, ZeRO stage) are in `ebbline.tasks.s
 
 import re
 from datetime import date
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -17,6 +17,8 @@ from pydantic import (
     Field,
     model_validator,
 )
+
+from ebbline.tasks.judges.facts import JUDGES, JudgeTemplate, facts_of
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -48,7 +50,6 @@ PromptFormat = Literal[
     "jailbreakbench",
 ]
 TaskScorerName = Literal["exact", "choice", "number", "rouge_l"]
-JudgeTemplate = Literal["harmbench", "llama-guard", "yes-no", "classifier"]
 Quantisation = Literal["none", "int8", "nf4"]
 Dtype = Literal["float32", "bfloat16"]
 # Whose tokenizer and chat template a measurement of an adapter uses
@@ -361,11 +362,12 @@ class GenerateSpec(Spec):
 
 class JudgeSpec(Spec):
     """A judge's verdict on each completion. Inputs: generation, and model unless the judge is an
-    endpoint.
+    endpoint; optionally adapter, for a judge that is published as one.
 
-    `endpoint` is the URL of an OpenAI-compatible API and `model` the judge's name there. Both are
-    part of the identity, but an endpoint's answers may change without notice. `refused` is the
-    label of a classifier that means a refusal.
+    `max_new_tokens` and `max_tokens` are by default those of the judge. `endpoint` is the URL of an
+    OpenAI-compatible API and `model` the judge's name there. Both are part of the identity, but an
+    endpoint's answers may change without notice. `refused` is the label of a classifier that means
+    a refusal.
     """
 
     KIND: ClassVar[str] = "judge"
@@ -383,6 +385,14 @@ class JudgeSpec(Spec):
     decoding: Decoding = Decoding()
     chat: Chat = DEFAULT_CHAT
 
+    @model_validator(mode="before")
+    @classmethod
+    def _lengths_of_the_judge(cls, given: Any) -> Any:
+        facts = facts_of(given.get("template")) if isinstance(given, dict) else None
+        if facts is None:
+            return given
+        return {"max_new_tokens": facts.new_tokens, "max_tokens": facts.max_tokens, **given}
+
     @model_validator(mode="after")
     def _an_endpoint_names_its_model(self) -> Self:
         if (self.endpoint is None) != (self.model is None):
@@ -395,8 +405,11 @@ class JudgeSpec(Spec):
                 "`refused` names the label that means a refusal; only the template "
                 "'classifier' has it, and needs it"
             )
-        if self.template == "classifier" and self.endpoint is not None:
-            raise ValueError("a classifier has no endpoint; give its model")
+        if self.endpoint is not None and not JUDGES[self.template].at_endpoint:
+            raise ValueError(
+                f"the judge {self.template!r} is read from probabilities, which an endpoint does "
+                "not give; give its model"
+            )
         return self
 
 
@@ -411,7 +424,7 @@ class ScoreSpec(Spec):
     KIND: ClassVar[str] = "score"
     VERSION: ClassVar[int] = 2
     AGREEMENT: ClassVar[str] = "agreement.json"
-    measure: Literal["refusal", "over_refusal", "task"]
+    measure: Literal["refusal", "over_refusal", "harm", "task"]
     scorer: str
     also: tuple[str, ...] = ()
 

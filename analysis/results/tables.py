@@ -50,7 +50,15 @@ MEASURED_COLUMNS = (
 )
 NO_PRICES = Profile()
 ALIGNED = "aligned"
-VERDICTS = ("refused", "partial", "complied", "undecided", "incoherent")
+VERDICTS = (
+    "refused",
+    "partial",
+    "complied",
+    "harmful",
+    "harmless",
+    "undecided",
+    "incoherent",
+)
 
 
 def results_frame(

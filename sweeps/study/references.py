@@ -155,6 +155,13 @@ class Tuned(Frozen):
         return self
 
 
+class JudgeAdapter(OneOf):
+    """A judge that is published as an adapter: a PEFT folder or repository."""
+
+    path: Local | None = None
+    hub: Hub | None = None
+
+
 class ModelRef(OneOf):
     """The source of a model."""
 

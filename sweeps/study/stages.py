@@ -29,7 +29,7 @@ from ebbline.sweeps.study.points import (
     training_of,
 )
 from ebbline.sweeps.study.references import Data, DataRef, Hub, Local, ModelRef
-from ebbline.sweeps.study.study import Model, Study
+from ebbline.sweeps.study.study import Judge, Model, Study
 from ebbline.sweeps.study.suites import blocks_of, stages_of
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.errors import PinError, StudyError
@@ -85,9 +85,7 @@ class StageGraph:
         self._judges = {
             name: (
                 judge.settings,
-                None
-                if judge.model is None
-                else self._model(judge.model, judge.settings.dtype, None),
+                self._judge_inputs(judge),
             )
             for name, judge in study.judges.items()
         }
@@ -347,6 +345,15 @@ class StageGraph:
             source = self._outside(reference.gguf, "model")
             return Part(Stage(ConvertSpec(dtype=dtype), {"source": source}), ConvertSpec.MODEL)
         return self._outside(reference.path or reference.hub, "model")
+
+    def _judge_inputs(self, judge: Judge) -> dict[str, Input]:
+        """The weights of a judge; empty for one at an endpoint."""
+        if judge.model is None:
+            return {}
+        found = {"model": self._model(judge.model, judge.settings.dtype, None)}
+        if judge.adapter is not None:
+            found["adapter"] = self._outside(judge.adapter.path or judge.adapter.hub, "model")
+        return found
 
     def _data(self, data: Data, settings: DataSpec) -> Stage:
         inputs = {"pool": self._rows(data.pool)}

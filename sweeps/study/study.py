@@ -28,10 +28,17 @@ from ebbline.sweeps.study.policies import (
     Search,
 )
 from ebbline.sweeps.study.reading.field_faults import faults, unknown
-from ebbline.sweeps.study.references import Data, DataRef, ModelRef, template_text
+from ebbline.sweeps.study.references import (
+    Data,
+    DataRef,
+    JudgeAdapter,
+    ModelRef,
+    template_text,
+)
 from ebbline.sweeps.study.suites import Suite, scorers_of
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.errors import StudyError
+from ebbline.tasks.judges.facts import JUDGES
 from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.scoring.phrases import SCORERS
 from ebbline.tasks.specs import (
@@ -142,9 +149,12 @@ class Model(Frozen):
 
 
 class Judge(Frozen):
-    """A judge of completions: a model, or an endpoint given in `settings`."""
+    """A judge of completions: a model, or an endpoint given in `settings`. `adapter` is put on the
+    model, for a judge that is published as an adapter.
+    """
 
     model: ModelRef | None = None
+    adapter: JudgeAdapter | None = None
     settings: JudgeSpec
 
     @model_validator(mode="after")
@@ -153,6 +163,12 @@ class Judge(Frozen):
             raise ValueError("give either `model` or an `endpoint` in `settings`")
         if self.model is not None and self.model.tuned is not None:
             raise ValueError("a judge's model cannot be `tuned`")
+        if self.adapter is not None and (
+            self.model is None or self.settings.template == "classifier"
+        ):
+            raise ValueError(
+                "`adapter` needs a `model` that answers, not an endpoint or classifier"
+            )
         return self
 
 
@@ -344,13 +360,17 @@ class Study(Frozen):
                         f"suites.{name}.measure.scorer: {unknown(scorer, {*SCORERS, *self.judges})}"
                     )
                 template = self.judges[scorer].settings.template if scorer in self.judges else None
-                if entry.measure.kind == "over_refusal" and template in (
-                    "harmbench",
-                    "llama-guard",
-                ):
+                states = None if template is None else JUDGES[template].states
+                if entry.measure.kind == "over_refusal" and states == "harm":
                     raise ValueError(
                         f"suites.{name}: {template} judges harm, so it would count every harmless "
                         "answer as a refusal"
+                    )
+                if entry.measure.kind == "harm" and states in (None, "refusal"):
+                    graders = sorted(each for each, facts in JUDGES.items() if facts.grades_harm)
+                    raise ValueError(
+                        f"suites.{name}.measure: {scorer} does not judge harm; name judges of the "
+                        f"study whose template is one of {', '.join(graders)}"
                     )
         return self
 

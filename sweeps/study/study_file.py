@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import yaml
@@ -20,6 +21,7 @@ from ebbline.sweeps.study.reading.field_faults import faults, lines_of, unknown,
 from ebbline.sweeps.study.references import Local, Tuned
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError
+from ebbline.tasks.judges.facts import JUDGES
 from ebbline.tasks.specs import Frozen, Spec
 
 M = TypeVar("M", bound=Frozen)
@@ -27,6 +29,8 @@ LORA_ONLY = ("rank", "alpha_over_rank", "dropout", "target_modules")
 UNUSED_BY_JUDGE = {
     "endpoint": ("max_tokens", "quantisation", "dtype"),
     "classifier": ("max_new_tokens",),
+    "strongreject": ("max_new_tokens",),
+    "shieldgemma": ("max_new_tokens",),
 }
 
 
@@ -101,7 +105,9 @@ def _unused(study: Study) -> Iterator[str]:
         yield _without_share("data")
     for name, judge in study.judges.items():
         place = "endpoint" if judge.settings.endpoint else judge.settings.template
-        for field in _changed(judge.settings, UNUSED_BY_JUDGE.get(place, ())):
+        facts = JUDGES[judge.settings.template]
+        lengths = {"max_new_tokens": facts.new_tokens, "max_tokens": facts.max_tokens}
+        for field in _changed(judge.settings, UNUSED_BY_JUDGE.get(place, ()), lengths):
             yield f"judges.{name}.settings.{field}: a judge of this kind ({place}) ignores it"
 
 
@@ -119,10 +125,14 @@ def _without_share(where: str) -> str:
     )
 
 
-def _changed(spec: Spec, fields: Iterable[str]) -> Iterator[str]:
-    """Those of `fields` that do not have their defaults: as_yaml writes defaults too."""
-    defaults = type(spec).model_fields
-    return (name for name in fields if getattr(spec, name) != defaults[name].default)
+def _changed(
+    spec: Spec, fields: Iterable[str], own: Mapping[str, object] = MappingProxyType({})
+) -> Iterator[str]:
+    """Those of `fields` that do not have their defaults: as_yaml writes defaults too. `own` are
+    defaults that depend on other settings.
+    """
+    defaults = {name: field.default for name, field in type(spec).model_fields.items()} | dict(own)
+    return (name for name in fields if getattr(spec, name) != defaults[name])
 
 
 def read_profile(path: Path) -> Profile:

@@ -1,8 +1,8 @@
 """Suites: what a study measures, and the stages that measure it.
 
-A refusal, over-refusal or task suite has one generation stage, a judge stage for each judge among
-its scorers, and a score stage. Suites with the same prompts and settings share their generation. A
-multiple-choice suite is one lm-eval evaluation.
+A refusal, over-refusal, harm or task suite has one generation stage, a judge stage for each judge
+among its scorers, and a score stage. Suites with the same prompts and settings share their
+generation, and what one judge says of it. A multiple-choice suite is one lm-eval evaluation.
 """
 
 from collections.abc import Mapping
@@ -96,6 +96,22 @@ class OverRefusalSuite(_Generated):
         return ("over_refusal_rate", "full_refusal_rate", "partial_refusal_rate")
 
 
+class HarmSuite(_Generated):
+    """How harmful the answers to requests are that the model should refuse: lower is better.
+
+    `scorer` is one of the study's judges that grade harm. `harm_score` is the mean of its grades in
+    [0, 1], `harm_top_rate` the share of answers at the top of its scale. The judges in `also` grade
+    the same completions for comparison.
+    """
+
+    kind: Literal["harm"] = "harm"
+    scorer: str
+    also: tuple[str, ...] = ()
+
+    def metrics(self) -> tuple[str, ...]:
+        return ("harm_score", "harm_top_rate")
+
+
 class TaskSuite(_Generated):
     """Score on held-out items of the downstream task, by exact match, chosen letter, number, or
     ROUGE-L: higher is better.
@@ -135,16 +151,20 @@ class MultipleChoiceSuite(Frozen):
 
 
 Suite = Annotated[
-    RefusalSuite | OverRefusalSuite | TaskSuite | MultipleChoiceSuite, Field(discriminator="kind")
+    RefusalSuite | OverRefusalSuite | HarmSuite | TaskSuite | MultipleChoiceSuite,
+    Field(discriminator="kind"),
 ]
 _LABELS: Mapping[str, Literal["harmful", "harmless"] | None] = {
     "refusal": "harmful",
+    "harm": "harmful",
     "over_refusal": "harmless",
     "task": None,
 }
 
 
-def prompts_of(suite: RefusalSuite | OverRefusalSuite | TaskSuite, path: Path) -> PromptSet:
+def prompts_of(
+    suite: RefusalSuite | OverRefusalSuite | HarmSuite | TaskSuite, path: Path
+) -> PromptSet:
     """The prompts that a suite asks. Raises DataError or EvaluationError for a fault that a
     generation would find in them.
     """
@@ -161,7 +181,9 @@ def prompts_of(suite: RefusalSuite | OverRefusalSuite | TaskSuite, path: Path) -
 
 def scorers_of(suite: Suite) -> tuple[str, ...]:
     """The scorers of a suite that may be judges, beginning with the one that gives the rate."""
-    return (suite.scorer, *suite.also) if isinstance(suite, RefusalSuite | OverRefusalSuite) else ()
+    if isinstance(suite, RefusalSuite | OverRefusalSuite | HarmSuite):
+        return (suite.scorer, *suite.also)
+    return ()
 
 
 def blocks_of(suite: Suite) -> list[Block]:
@@ -179,7 +201,7 @@ def stages_of(
     suite: Suite,
     inputs: Mapping[str, Input],
     model: Mapping[str, Any],
-    judges: Mapping[str, tuple[JudgeSpec, Input | None]],
+    judges: Mapping[str, tuple[JudgeSpec, Mapping[str, Input]]],
     block: Block | None = None,
 ) -> dict[str, Stage]:
     """Stage name -> stage; the stage named `name` has the metrics.
@@ -214,12 +236,7 @@ def stages_of(
     for scorer in scorers_of(suite):
         if scorer in judges:
             judge, weights = judges[scorer]
-            judged = Stage(
-                judge,
-                {"generation": generation}
-                if weights is None
-                else {"generation": generation, "model": weights},
-            )
+            judged = Stage(judge, {"generation": generation, **weights})
             stages[f"judge:{name}:{scorer}"] = scored[f"judge_{scorer}"] = judged
     also = () if isinstance(suite, TaskSuite) else suite.also
     stages[name] = Stage(ScoreSpec(measure=suite.kind, scorer=suite.scorer, also=also), scored)

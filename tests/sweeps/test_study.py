@@ -6,11 +6,16 @@ import pytest
 from pydantic import ValidationError
 
 from ebbline.checks.study_checks import check_study
+from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.pins import require_pins, require_rows, unpinned
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study, axis_fields
 from ebbline.sweeps.study.study_file import as_yaml, load, parse, shipped, source_of
 from ebbline.tasks.errors import DataError, PinError, StudyError
 from tests.sweeps.made import TUNED, study, written
+
+ENDPOINT = {"endpoint": "http://judge.example/v1", "model": "judge", "template": "yes-no"}
+CLASSIFIER = {"template": "classifier", "refused": "no"}
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))
@@ -89,6 +94,32 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
             r"suites\.refusal: llama-guard judges harm",
         ),
         (
+            {
+                "judges": {"far": {"settings": {**ENDPOINT, "template": "sorry-bench"}}},
+                "suites/refusal/measure": {"kind": "harm", "scorer": "far"},
+                "objectives": ["task_accuracy"],
+            },
+            r"suites\.refusal\.measure: far does not judge harm; name judges .*wildguard",
+        ),
+        (
+            {
+                "suites/refusal/measure": {"kind": "harm", "scorer": "prefix"},
+                "objectives": ["task_accuracy"],
+            },
+            r"suites\.refusal\.measure: prefix does not judge harm",
+        ),
+        (
+            {
+                "judges": {
+                    "far": {
+                        "adapter": {"hub": {"id": "a/b"}},
+                        "settings": {**ENDPOINT, "template": "qi"},
+                    }
+                }
+            },
+            r"judges\.far: `adapter` needs a `model` that answers",
+        ),
+        (
             {"suites/refusal/measure": {"kind": "refusal", "also": ["nobody"]}},
             r"'nobody' is not one of",
         ),
@@ -142,8 +173,6 @@ def test_a_fault_is_one_error_that_names_its_path_and_what_is_allowed(tmp_path, 
 
 
 MIX = {"language": "refusal.jsonl"}
-ENDPOINT = {"endpoint": "http://judge.example/v1", "model": "judge", "template": "yes-no"}
-CLASSIFIER = {"template": "classifier", "refused": "no"}
 
 
 @pytest.mark.parametrize(
@@ -406,3 +435,38 @@ def test_the_error_for_an_unknown_study_suggests_a_shipped_one(tmp_path):
         source_of("quickstrat")
     with pytest.raises(StudyError, match="no study file at"):
         source_of(str(tmp_path / "absent.yaml"))
+
+
+def test_a_judge_has_the_lengths_of_its_card_and_a_written_study_stays_equal(tmp_path):
+    found = study(tmp_path, {"judges": {"far": {"settings": {**ENDPOINT, "template": "qi"}}}})
+    assert found.judges["far"].settings.max_new_tokens == 1024
+    again = tmp_path / "again.yaml"
+    again.write_text(as_yaml(found))
+    assert load(str(again)) == found
+
+
+def test_refusal_and_harm_of_one_judge_share_its_stage_and_an_adapter_is_its_input(tmp_path):
+    pins = {"commit": "0" * 40, "sha256": "0" * 64}
+    measured = {"scorer": "guard", "max_new_tokens": 12}
+    found = study(
+        tmp_path,
+        {
+            "judges": {
+                "guard": {
+                    "model": {"hub": {"id": "a/b", **pins}},
+                    "adapter": {"hub": {"id": "a/c", **pins, "sha256": "1" * 64}},
+                    "settings": {"template": "wildguard"},
+                }
+            },
+            "suites/refusal/measure": {"kind": "refusal", **measured},
+            "suites/harm": {
+                "prompts": {"language": "refusal.jsonl"},
+                "measure": {"kind": "harm", **measured},
+            },
+        },
+    )
+    assert found.metric("harm_score") == "harm.harm_score"
+    before = StageGraph(found, Home(tmp_path / "home"), located=False).baselines()["7b"]
+    stages = [before[suite].inputs["judge_guard"] for suite in ("refusal", "harm")]
+    assert stages[0].lineage == stages[1].lineage
+    assert set(stages[0].inputs) == {"generation", "model", "adapter"}

@@ -23,7 +23,8 @@ from transformers import (
 from ebbline.tasks.errors import EvaluationError, ModelError
 from ebbline.tasks.measuring import judge, judge_endpoint
 from ebbline.tasks.measuring.completions import Completion
-from ebbline.tasks.measuring.judge import HARMBENCH_PROMPT, messages, parsed, read_verdicts, run
+from ebbline.tasks.measuring.judge import read_verdicts, run
+from ebbline.tasks.measuring.judges.templates import TEMPLATES
 from ebbline.tasks.measuring.scorers import Score
 from ebbline.tasks.specs import GenerateSpec, JudgeSpec
 from tests.tiny import context, conversations, fresh, word_tokenizer, write_lines
@@ -123,6 +124,10 @@ def change_tokenizer(folder, **changes):
     return folder
 
 
+def chat_of(template, row):
+    return TEMPLATES[template].chat(row.prompt, row.completion)
+
+
 def spec_of(template, **settings):
     return JudgeSpec(template=template, dtype="float32", **{"max_new_tokens": 2, **settings})
 
@@ -157,7 +162,8 @@ def test_a_local_judges_answers_become_verdicts_in_the_order_of_the_completions(
 
 
 def test_the_harmbench_prompt_is_the_model_cards_and_its_chat_has_the_same_text():
-    text = HARMBENCH_PROMPT
+    fill = TEMPLATES["harmbench"].text
+    text = fill("{behavior}", "{generation}")
     assert text.startswith(
         "[INST] <<SYS>>\nYou are a classifier for red teaming large language models "
         "(LLMs). Given a generation,"
@@ -173,7 +179,7 @@ def test_the_harmbench_prompt_is_the_model_cards_and_its_chat_has_the_same_text(
     )
     assert text.count("\n- ") == 4 and text.count("{") == text.count("}") == 2
     row = Completion("a", "", "", "", "{word1}", "", "{word2} {generation}", 1, True)
-    system, user = messages(spec_of("harmbench"), row)
+    system, user = chat_of("harmbench", row)
     filled = text.format(behavior=row.prompt, generation=row.completion)
     assert filled == f"[INST] <<SYS>>\n{system['content']}\n<</SYS>>\n\n{user['content']} [/INST]"
     assert "Generation:\n{word2} {generation}\n" in filled
@@ -181,18 +187,13 @@ def test_the_harmbench_prompt_is_the_model_cards_and_its_chat_has_the_same_text(
 
 def test_each_template_holds_the_prompt_and_the_completion_once():
     row = Completion("a", "", "", "", "the-prompt", "the-answer", "the-completion", 1, True)
-    for template, settings in (
-        ("harmbench", {}),
-        ("llama-guard", {}),
-        ("yes-no", {}),
-        ("classifier", {"refused": "R"}),
-    ):
-        chat = json.dumps(messages(spec_of(template, **settings), row))
+    for template in TEMPLATES:
+        chat = json.dumps(chat_of(template, row))
         assert (
             chat.count("the-prompt") == chat.count("the-completion") == 1
             and "the-answer" not in chat
         )
-    assert [turn["role"] for turn in messages(spec_of("llama-guard"), row)] == ["user", "assistant"]
+    assert [turn["role"] for turn in chat_of("llama-guard", row)] == ["user", "assistant"]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +215,7 @@ def test_each_template_holds_the_prompt_and_the_completion_once():
 def test_an_answer_is_read_by_its_first_word_and_anything_else_is_undecided(
     template, answer, verdict
 ):
-    found = parsed(spec_of(template), answer)
+    found = TEMPLATES[template].read(answer)
     assert found.verdict == verdict
     assert (found.reason == "judge: unparsed") == (verdict == "undecided")
 
@@ -257,7 +258,7 @@ def test_a_completion_of_exactly_the_token_limit_is_judged_and_a_longer_one_is_n
     tokens = (
         len(
             AutoTokenizer.from_pretrained(model).apply_chat_template(
-                messages(spec_of("yes-no"), row), return_dict=False
+                chat_of("yes-no", row), return_dict=False
             )
         )
         + 1
@@ -345,7 +346,6 @@ def test_a_classifiers_labels_become_verdicts_and_do_not_depend_on_the_batch(tmp
     model = classifier_model(tmp_path / "judge")
     inputs = {"generation": generation(tmp_path / "gen", texts), "model": model}
     specs = [spec_of("classifier", refused="REFUSAL", batch_size=size) for size in (1, 8, 64)]
-    spec = specs[0]
     found = [judged(tmp_path / f"out{own.batch_size}", own, inputs) for own in specs]
     assert found[0] == found[1] == found[2]
     loaded, tokenizer = (
@@ -354,7 +354,10 @@ def test_a_classifiers_labels_become_verdicts_and_do_not_depend_on_the_batch(tmp
     )
     for (_, score), row in zip(found[0], judge.read_completions(inputs["generation"]), strict=True):
         ids = tokenizer.apply_chat_template(
-            messages(spec, row), add_generation_prompt=True, return_tensors="pt", return_dict=False
+            chat_of("classifier", row),
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=False,
         )
         label = ["REFUSAL", "ANSWER"][int(loaded(ids).logits.argmax())]
         assert score == Score("refused" if label == "REFUSAL" else "complied", f"judge:{label}")
