@@ -140,7 +140,7 @@ def _row(
 
 def _suites(published: Published, study: Study) -> list[str]:
     """The suites of the study that measure the published metric."""
-    if published.suite in ("refusal", "task"):
+    if published.suite in ("refusal", "harm", "task"):
         return [
             name
             for name, entry in study.suites.items()
