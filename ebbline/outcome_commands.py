@@ -166,6 +166,41 @@ def pick(
     raise typer.Exit(pick_study(StudyView.open(home, study), options, export, as_json))
 
 
+@outcome_app.command(
+    rich_help_panel=OUTCOME_PANEL, short_help="Label completions by hand, to correct its rates"
+)
+@explained
+def label(
+    study: StudyName,
+    suite: Annotated[str, typer.Option(help="The suite whose completions are labelled.")] = (
+        "refusal"
+    ),
+    count: Annotated[
+        int,
+        typer.Option(
+            "--count", "-n", min=1, help="How many completions a new sheet has, over all arms."
+        ),
+    ] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="The seed that a new sheet is drawn with.")] = 0,
+    results: Annotated[
+        bool, typer.Option("--results", help="Only print what the labels so far say.")
+    ] = False,
+    home: HomeOption = DEFAULT_HOME,
+    as_json: JsonOption = False,
+    wide: WideOption = False,
+) -> None:
+    """Label completions by hand, without seeing which scorer said what: drawn at random within each
+    arm. The same command continues. Then see how far each scorer agrees with you, and the rates
+    corrected for its errors. Nothing leaves this machine.
+    """
+    if as_json and not results:
+        raise typer.BadParameter("--json prints results only; give it with --results")
+    from ebbline.commands.measured.labelling import label_study
+    from ebbline.sweeps.study.view import StudyView
+
+    label_study(StudyView.begun(home, study), suite, count, seed, results, as_json, wide)
+
+
 @outcome_app.command(rich_help_panel=OUTCOME_PANEL, short_help="Compare studies, prompt by prompt")
 @explained
 def compare(

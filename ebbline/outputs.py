@@ -28,6 +28,7 @@ from ebbline.analysis.results.collect import (
 )
 from ebbline.analysis.results.columns import left_out_line, table_text
 from ebbline.analysis.results.costs import cost_rows, prediction_rows
+from ebbline.analysis.results.labelled.corrected import labelled_suites
 from ebbline.analysis.results.measurements import NO_EVIDENCE, Baselines, Evidence
 from ebbline.analysis.results.no_refusals import no_refusals
 from ebbline.analysis.results.picks.choices import chosen
@@ -119,10 +120,20 @@ def write_outputs(
         *(make("the notes on refusals", lambda: no_refusals(study, before)) or ()),
         *(make("the notes on adapters", lambda: adapter_notes(view, results)) or ()),
     ]
+    labelled = make("what the labels say", lambda: labelled_suites(view, results)) or ()
     report = make(
         "the report",
         lambda: write_report(
-            found, folder, cost, origin, projected, folder / f"{GANTT}.svg", drawn, notes, attempts
+            found,
+            folder,
+            cost,
+            origin,
+            projected,
+            folder / f"{GANTT}.svg",
+            drawn,
+            notes,
+            attempts,
+            labelled,
         ),
     )
     if report is not None:

@@ -31,6 +31,14 @@ from ebbline.analysis.report.short_answer import BRACKETS, in_short
 from ebbline.analysis.report.verdict import NO_CONTROL, answer_cells, shown_effects, verdict
 from ebbline.analysis.results.before_after import before_after, before_after_cells, trios
 from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
+from ebbline.analysis.results.labelled.corrected import (
+    SCORER_COLUMNS,
+    LabelledSuite,
+    rate_columns,
+    rate_rows,
+    scorer_rows,
+    summary_lines,
+)
 from ebbline.analysis.results.measurements import NO_EVIDENCE, Baselines, Evidence
 from ebbline.analysis.results.tables import (
     agreement_cells,
@@ -67,14 +75,15 @@ def write_report(
     figures: Mapping[str, DrawnFigure] | None = None,
     notes: Sequence[str] = (),
     attempts: Attempts | None = None,
+    labelled: Sequence[LabelledSuite] = (),
 ) -> Path:
     """Writes FOLDER/report.html.
 
-    `notes` are sentences to print. `cost` maps labels to values. `plan` is the SVG picture
-    of the latest plan. `figures` is the result of figures_of; the figures are drawn if it is not
-    given. Without evidence there are no paired comparisons, no tables by category and no scorer
-    agreement. A part of the page that fails is left out, noted in `attempts`, and named at the top
-    of the page.
+    `labelled` is what a person's labels say of the scorers. `notes` are sentences to print. `cost`
+    maps labels to values. `plan` is the SVG picture of the latest plan. `figures` is the result of
+    figures_of; the figures are drawn if it is not given. Without evidence there are no paired
+    comparisons, no tables by category and no scorer agreement. A part of the page that fails is
+    left out, noted in `attempts`, and named at the top of the page.
     """
     study, results, hosts = found.study, found.results, host_names(folder)
     attempts = Attempts() if attempts is None else attempts
@@ -89,7 +98,7 @@ def write_report(
     }
     pictures = {name: each for name, each in embedded_figures.items() if each is not None}
     parts: dict[str, Any] = {"figures": pictures}
-    for field, (name, build, missing) in _parts(found, projections, plan, hosts).items():
+    for field, (name, build, missing) in _parts(found, projections, plan, hosts, labelled).items():
         made = make(name, build)
         parts[field] = missing if made is None else made
     page = template("report/report_template.html").render(
@@ -115,7 +124,11 @@ def write_report(
 
 
 def _parts(
-    found: Findings, projections: Projections, plan: Path | None, hosts: Collection[str]
+    found: Findings,
+    projections: Projections,
+    plan: Path | None,
+    hosts: Collection[str],
+    labelled: Sequence[LabelledSuite],
 ) -> dict[str, tuple[str, Callable[[], Any], Any]]:
     """Field of the page -> (name of the part, how it is made, what stands there if it fails)."""
     study, results, lines = found.study, found.results, found.lines
@@ -164,6 +177,7 @@ def _parts(
             lambda: list(agreement_cells(study, results, evidence)),
             [],
         ),
+        "labels": ("what the labels say", lambda: list(map(_labels, labelled)), []),
         "table": (
             "the table of the frontier",
             lambda: frontier_cells(frame(), study.objectives),
@@ -183,6 +197,15 @@ def _parts(
         "failed": ("the points without a result", lambda: _failed_rows(results, hosts), []),
         "plan": ("the picture of the plan", lambda: _plan_figure(plan), None),
     }
+
+
+def _labels(found: LabelledSuite) -> tuple[list[str], pd.DataFrame, pd.DataFrame]:
+    """(lines, scorers against the person, corrected rates) of one suite."""
+    return (
+        summary_lines(found),
+        pd.DataFrame(scorer_rows(found), columns=list(SCORER_COLUMNS)),
+        pd.DataFrame(rate_rows(found), columns=list(rate_columns(found))),
+    )
 
 
 def summary(

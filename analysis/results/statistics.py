@@ -13,7 +13,7 @@ undecided samples were as bad, or as good, for a gain as they can be.
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -265,11 +265,13 @@ class Agreement:
     """The verdicts of several scorers on the same completions.
 
     `counts[scorer][verdict]` also has the number of completions, under `n`. `pairs` has the
-    agreement of each two scorers.
+    agreement of each two scorers. `categories` has the same for the completions of each category;
+    it is empty for a set without categories.
     """
 
     counts: Mapping[str, Mapping[str, int]]
     pairs: tuple[PairAgreement, ...]
+    categories: Mapping[str, "Agreement"] = field(default_factory=dict)
 
 
 def pooled_agreement(stored: Sequence[Mapping[str, Any]]) -> Agreement:
@@ -302,4 +304,14 @@ def pooled_agreement(stored: Sequence[Mapping[str, Any]]) -> Agreement:
                 **agreement([left for left, _ in verdicts], [right for _, right in verdicts]),
             )
         )
-    return Agreement({scorer: dict(found) for scorer, found in counts.items()}, tuple(pairs))
+    names = {name for each in stored for name in each.get("categories", {})}
+    return Agreement(
+        {scorer: dict(found) for scorer, found in counts.items()},
+        tuple(pairs),
+        {
+            name: pooled_agreement(
+                [each["categories"][name] for each in stored if name in each.get("categories", {})]
+            )
+            for name in sorted(names)
+        },
+    )

@@ -353,8 +353,9 @@ def category_cells(
 
 def agreement_cells(
     study: Study, results: Sequence[Result], evidence: Evidence
-) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
-    """(caption, verdicts of each scorer, agreement of each two) for suites with several scorers.
+) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame, pd.DataFrame]]:
+    """(caption, verdicts of each scorer, agreement of each two, the same by category) for suites
+    with several scorers; the last is empty for a set without categories.
 
     There is one for each aligned model and one for its operating point.
     """
@@ -367,7 +368,17 @@ def agreement_cells(
             for suite in study.suites:
                 found = evidence.agreement(subject, suite)
                 if found is not None:
-                    yield f"{model}, {state}: {suite}", _verdicts(found), _pair_rows(found)
+                    caption = f"{model}, {state}: {suite}"
+                    yield caption, _verdicts(found), _pair_rows(found), _by_category(found)
+
+
+def _by_category(found: Agreement) -> pd.DataFrame:
+    parts = []
+    for category, own in found.categories.items():
+        rows = _pair_rows(own)
+        rows.insert(0, "category", category or "(none)")
+        parts.append(rows)
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def _verdicts(found: Agreement) -> pd.DataFrame:

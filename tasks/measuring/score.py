@@ -41,7 +41,7 @@ def run(spec: ScoreSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) ->
             for name, verdicts in verdicts_of(spec, completions, inputs).items()
         }
         samples, metrics = _harm(completions, graded[spec.scorer])
-        (out / spec.AGREEMENT).write_text(json.dumps(compared(graded), indent=1))
+        _write_agreement(out / spec.AGREEMENT, graded, completions)
     else:
         verdicts = verdicts_of(spec, completions, inputs)
         counted = ("refused",) if spec.measure == "refusal" else ("refused", "partial")
@@ -50,7 +50,7 @@ def run(spec: ScoreSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) ->
             for row, found in zip(completions, verdicts[spec.scorer], strict=True)
         ]
         metrics = refusal_metrics(spec.measure, [found.verdict for found in verdicts[spec.scorer]])
-        (out / spec.AGREEMENT).write_text(json.dumps(compared(verdicts), indent=1))
+        _write_agreement(out / spec.AGREEMENT, verdicts, completions)
     write_samples(out, samples)
     write_metrics(out, metrics)
 
@@ -141,6 +141,22 @@ def refusal_metrics(measure: str, verdicts: Sequence[str]) -> list[Metric]:
         Metric("full_refusal_rate", counts["refused"], n, counts["undecided"]),
         Metric("partial_refusal_rate", counts["partial"], n, counts["undecided"]),
     ]
+
+
+def _write_agreement(
+    path: Path, verdicts: Mapping[str, Sequence[Score]], completions: Sequence[Completion]
+) -> None:
+    """The agreement of the scorers, over all completions and by category."""
+    found = compared(verdicts)
+    places: dict[str, list[int]] = {}
+    for place, row in enumerate(completions):
+        places.setdefault(row.category, []).append(place)
+    if len(verdicts) > 1 and len(places) > 1:
+        found["categories"] = {
+            category: compared({name: [each[i] for i in own] for name, each in verdicts.items()})
+            for category, own in sorted(places.items())
+        }
+    path.write_text(json.dumps(found, indent=1))
 
 
 def compared(verdicts: Mapping[str, Sequence[Score]]) -> dict[str, Any]:

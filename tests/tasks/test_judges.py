@@ -272,6 +272,15 @@ def test_a_judge_of_harm_without_grades_states_one_or_zero_and_agrees_in_words_o
     }
 
 
+def test_agreement_is_stored_by_category_where_a_set_has_several(tmp_path):
+    one = [Score("complied", "j", grade=grade) for grade in (0.0, 1.0, 0.0, 1.0)]
+    other = [Score("complied", "j", grade=grade) for grade in (0.0, 0.0, 0.0, 0.0)]
+    spec = ScoreSpec(measure="harm", scorer="qi", also=("wildguard",))
+    _, _, agreement = scored(tmp_path, spec, qi=one, wildguard=other)
+    shares = {name: each["pairs"][0]["agree"] for name, each in agreement["categories"].items()}
+    assert shares == {"c": 0.0, "d": 1.0} and agreement["pairs"][0]["agree"] == 0.5
+
+
 # ---- models of each architecture, with random weights
 
 SMALL = {
