@@ -35,7 +35,16 @@ Baselines = Mapping[str, Mapping[str, Metric]]
 
 Move = Literal["higher", "lower", "not distinguishable"]
 
-USEFULNESS = ("task_accuracy", "rouge_l", "acc_norm", "acc")
+USEFULNESS = (
+    "task_accuracy",
+    "rouge_l",
+    "exact_match",
+    "exact_match_flexible",
+    "prompt_level_strict_acc",
+    "prompt_level_loose_acc",
+    "acc_norm",
+    "acc",
+)
 LEVEL = 0.05
 
 Subject = Result | str

@@ -28,7 +28,15 @@ from ebbline.tasks.measuring.scorers import agreement
 SamplesBySeed = Mapping[int, Sequence[Sample]]
 """Training seed -> the samples measured with it."""
 
-SHARES = ("refusal_rate", "over_refusal_rate", "harm_top_rate", "task_accuracy", "acc")
+SHARES = (
+    "refusal_rate",
+    "over_refusal_rate",
+    "harm_top_rate",
+    "task_accuracy",
+    "exact_match",
+    "prompt_level_strict_acc",
+    "acc",
+)
 """The metrics that are a share of successful samples; samples do not determine the others."""
 
 RESAMPLES = 9999

@@ -38,6 +38,7 @@ from ebbline.sweeps.study.suites import (
     TaskSuite,
     scorers_of,
     stages_of,
+    written_metrics,
 )
 from ebbline.tasks.errors import EbblineError, EvaluationError
 from ebbline.tasks.extras import extras_explained
@@ -77,7 +78,10 @@ def suite_of(name: str, settings: Mapping[str, Any]) -> Suite:
             f"{sorted(kind.model_fields.keys() - {'kind'})}"
         )
     try:
-        suite = kind(task=name, **given) if kind is MultipleChoiceSuite else kind(**given)
+        if kind is MultipleChoiceSuite:
+            is_written = bool(written_metrics(name))
+            given |= {"task": name, "kind": "written" if is_written else "multiple_choice"}
+        suite = kind(**given)
     except ValidationError as error:
         raise EvaluationError(
             f"the suite {name!r} has invalid settings:\n"

@@ -527,7 +527,8 @@ class Study(Frozen):
         stage with its metrics.
         """
         if stage in self.suites:
-            return "evaluate" if self.suites[stage].measure.kind == "multiple_choice" else "score"
+            of_lm_eval = self.suites[stage].measure.kind in ("multiple_choice", "written")
+            return "evaluate" if of_lm_eval else "score"
         return stage.partition(":")[0]
 
     def metric(self, name: str) -> str:

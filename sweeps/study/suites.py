@@ -27,7 +27,12 @@ from ebbline.tasks.specs import (
 )
 from ebbline.tasks.stage import Input, Stage
 
-SHOTS = {"mmlu": 5, "hellaswag": 10}  # as in the papers; lm-eval's default is 0
+SHOTS = {"mmlu": 5, "hellaswag": 10, "gsm8k": 5}  # as in the papers
+# The beginnings of lm-eval's tasks whose answers the model writes, and their metrics
+WRITTEN = {
+    "gsm8k": ("exact_match", "exact_match_flexible"),
+    "ifeval": ("prompt_level_strict_acc", "prompt_level_loose_acc"),
+}
 
 
 class Race(Frozen):
@@ -125,12 +130,17 @@ class TaskSuite(_Generated):
         return ("rouge_l",) if self.scorer == "rouge_l" else ("task_accuracy",)
 
 
+def written_metrics(task: str) -> tuple[str, ...]:
+    """The metrics of an lm-eval task whose answers the model writes; empty for any other task."""
+    return next((found for start, found in WRITTEN.items() if task.startswith(start)), ())
+
+
 class MultipleChoiceSuite(Frozen):
     """Accuracy on an lm-eval task or group: higher is better. The default is 5 shots for MMLU and
-    10 for HellaSwag.
+    GSM8K, and 10 for HellaSwag. In a suite of the kind `written` the model writes the answers.
     """
 
-    kind: Literal["multiple_choice"] = "multiple_choice"
+    kind: Literal["multiple_choice", "written"] = "multiple_choice"
     task: str
     shots: Annotated[int, Field(ge=0)] | None = None
     chat_template: bool = False
@@ -138,7 +148,15 @@ class MultipleChoiceSuite(Frozen):
     batch_size: BatchSize = 32
 
     def metrics(self) -> tuple[str, ...]:
-        return ("acc", "acc_norm")
+        return written_metrics(self.task) or ("acc", "acc_norm")
+
+    @model_validator(mode="after")
+    def _kind_is_that_of_the_task(self) -> Self:
+        kind = "written" if written_metrics(self.task) else "multiple_choice"
+        if self.kind != kind:
+            known = f"; written tasks begin with {', '.join(WRITTEN)}" if kind != "written" else ""
+            raise ValueError(f"the task {self.task!r} needs `kind: {kind}`{known}")
+        return self
 
     @property
     def shots_given(self) -> int:

@@ -36,7 +36,13 @@ from ebbline.tasks.measuring.generate import (
     tokenizer_record,
 )
 from ebbline.tasks.measuring.grouped.layers import adapter_on
-from ebbline.tasks.measuring.lm_tasks.definitions import METRICS, use_sandbox
+from ebbline.tasks.measuring.lm_tasks.definitions import (
+    FLEXIBLE,
+    FLEXIBLE_FILTER,
+    METRICS,
+    WRITTEN,
+    use_sandbox,
+)
 from ebbline.tasks.measuring.lm_tasks.prefix_model import PrefixLM
 from ebbline.tasks.measuring.lm_tasks.rows_cache import fingerprint, rows_cached
 from ebbline.tasks.measuring.lm_tasks.sources import tasks_of
@@ -111,17 +117,19 @@ def run(spec: EvaluateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
     record = tasks_record(spec, prepared) | adapter_record(inputs)
     record["chat"] = tokenizer_record(spec, inputs, tokenizer)
     (out / PROMPTS).write_text(json.dumps(record, indent=1))
-    names = [name for name in METRICS if all(name in row for row in rows)]
+    known = (*METRICS, *WRITTEN, FLEXIBLE)
+    names = [name for name in known if all(name in row for row in rows)]
     if not names:
         raise EvaluationError(
-            f"lm-eval's {spec.task} has neither acc nor acc_norm for all its items; "
-            "ebbline supports no other metric of lm-eval"
+            f"lm-eval's {spec.task} has neither acc nor acc_norm for all its items; of other "
+            f"metrics of lm-eval, ebbline supports {', '.join(WRITTEN)}"
         )
+    how = "arg-max" if names[0] in METRICS else names[0]
     right = [row[names[0]] > 0.5 for row in rows]
     write_samples(
         out,
         [
-            Sample(row["id"], row["task"], "right" if ok else "wrong", "arg-max", ok)
+            Sample(row["id"], row["task"], "right" if ok else "wrong", how, ok)
             for row, ok in zip(rows, right, strict=True)
         ],
     )
@@ -272,8 +280,14 @@ def item_rows(prepared: Prepared) -> list[dict[str, Any]]:
                 instances[0].doc, [instance.filtered_resps[first_filter] for instance in instances]
             )
             row: dict[str, Any] = {"id": f"{name}/{item}", "task": name} | {
-                metric: float(measures[metric]) for metric in METRICS if metric in measures
+                metric: float(measures[metric])
+                for metric in (*METRICS, *WRITTEN)
+                if metric in measures
             }
+            if FLEXIBLE_FILTER in instances[0].filtered_resps:
+                last = [instance.filtered_resps[FLEXIBLE_FILTER] for instance in instances]
+                found = task.process_results(instances[0].doc, last)
+                row[FLEXIBLE] = float(found["exact_match"])
             if instances[0].request_type == "loglikelihood":
                 # Further digits are rounding error.
                 row["logprobs"] = [round(instance.resps[0][0], 4) for instance in instances]

@@ -37,6 +37,10 @@ DIRECTIONS: dict[str, Direction] = {
     "harm_top_rate": "minimise",
     "task_accuracy": "maximise",
     "rouge_l": "maximise",
+    "exact_match": "maximise",
+    "exact_match_flexible": "maximise",
+    "prompt_level_strict_acc": "maximise",
+    "prompt_level_loose_acc": "maximise",
     "acc": "maximise",
     "acc_norm": "maximise",
 }

@@ -120,6 +120,14 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
             r"judges\.far: `adapter` needs a `model` that answers",
         ),
         (
+            {"suites/task/measure": {"kind": "multiple_choice", "task": "gsm8k"}},
+            r"suites\.task\.measure.*'gsm8k' needs `kind: written`",
+        ),
+        (
+            {"suites/task/measure": {"kind": "written", "task": "mmlu"}},
+            r"suites\.task\.measure.*'mmlu' needs `kind: multiple_choice`; written tasks begin",
+        ),
+        (
             {"suites/refusal/measure": {"kind": "refusal", "also": ["nobody"]}},
             r"'nobody' is not one of",
         ),
