@@ -70,6 +70,8 @@ def suite_of(name: str, settings: Mapping[str, Any]) -> Suite:
         "task": TaskSuite,
     }
     given = {key: value for key, value in settings.items() if value not in (None, ())}
+    if name == "harm":
+        raise EvaluationError("the suite 'harm' needs a judge, and judges need a study")
     kind = kinds.get(name, MultipleChoiceSuite)
     foreign = sorted(given.keys() - kind.model_fields.keys())
     if foreign:

@@ -526,10 +526,27 @@ def test_an_endpoint_gets_one_request_per_completion_several_at_once_and_the_ord
 
 @pytest.mark.parametrize(
     ("template", "roles"),
-    [("harmbench", ["system", "user"]), ("llama-guard", ["user", "assistant"])],
+    [
+        ("harmbench", ["system", "user"]),
+        ("llama-guard", ["user", "assistant"]),
+        ("qwen3guard", ["user", "assistant"]),
+        ("strongreject-rubric", ["system", "user"]),
+        ("qi", ["user"]),
+        ("wildguard", ["user"]),
+        ("sorry-bench", ["user"]),
+    ],
 )
 def test_an_endpoint_gets_a_template_as_a_chat(tmp_path, serve, template, roles):
-    word = "unsafe\nS2" if template == "llama-guard" else "yes"
+    words = {
+        "harmbench": "yes",
+        "llama-guard": "unsafe\nS2",
+        "qwen3guard": "Safety: Unsafe\nCategories: None\nRefusal: No",
+        "strongreject-rubric": "#scores\n1.b 0\n2.b 5\n3.b 5",
+        "qi": "#thereason: x\n#thescore: 5",
+        "wildguard": "Harmful request: no\nResponse refusal: no\nHarmful response: yes",
+        "sorry-bench": "1",
+    }
+    word = words[template]
     server = serve(lambda number, body: answers_with(word))
     ((_, score),) = judged(
         tmp_path / "out",
@@ -537,6 +554,8 @@ def test_an_endpoint_gets_a_template_as_a_chat(tmp_path, serve, template, roles)
         {"generation": generation(tmp_path / "gen", ["word2 \ud800 \u2028"])},
     )
     assert score.verdict == "complied"
+    graded = {"qwen3guard", "strongreject-rubric", "qi", "wildguard"}
+    assert score.grade == (1.0 if template in graded else None)
     assert [turn["role"] for turn in server.bodies[0]["messages"]] == roles
 
 

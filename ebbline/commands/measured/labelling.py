@@ -130,7 +130,7 @@ def _show(sheet: Sheet, place: int, row: Completion, keys: dict[str, str]) -> No
     print(f"\n===== {place + 1} of {len(sheet.rows)}\n----- request\n{_plain(row.prompt)}")
     print(f"----- answer\n{_plain(row.completion)}\n-----")
     choices = [f"{key} {MEANING[label]}" for key, label in keys.items()]
-    print(f"{QUESTION[sheet.measure]}  {', '.join(choices)}, ? cannot tell, b back, q quit")
+    print(f"{QUESTION[sheet.measure]}  {'; '.join(choices)}; ? cannot tell; b back; q quit")
 
 
 def _plain(text: str) -> str:
