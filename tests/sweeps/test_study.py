@@ -5,6 +5,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
+from ebbline.checks.jobs import jobs_of
 from ebbline.checks.study_checks import check_study
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.pins import require_pins, require_rows, unpinned
@@ -478,3 +479,25 @@ def test_refusal_and_harm_of_one_judge_share_its_stage_and_an_adapter_is_its_inp
     stages = [before[suite].inputs["judge_guard"] for suite in ("refusal", "harm")]
     assert stages[0].lineage == stages[1].lineage
     assert set(stages[0].inputs) == {"generation", "model", "adapter"}
+
+
+def test_a_judges_chat_template_is_checked_only_where_the_judge_is_asked_through_it(tmp_path):
+    (tmp_path / "model").mkdir()
+
+    def job(template, **settings):
+        judge = {
+            "model": {"path": {"path": "model"}},
+            "settings": {"template": template, **settings},
+        }
+        (found,) = (
+            each
+            for each in jobs_of(study(tmp_path, {"judges": {"guard": judge}})).models
+            if each.where == "judges.guard.model"
+        )
+        return found.chat is not None, found.checked, found.loaded
+
+    assert job("yes-no") == job("qi") == job("strongreject-rubric") == (True, True, True)
+    assert job("llama-guard-3") == job("qwen3guard") == (True, False, True)
+    assert job("wildguard") == job("strongreject") == job("harmbench") == (False, False, True)
+    assert job("llama-guard-4") == (False, False, False), "it is no causal language model"
+    assert job("classifier", refused="R") == (False, False, True)
