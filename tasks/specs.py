@@ -51,6 +51,8 @@ TaskScorerName = Literal["exact", "choice", "number", "rouge_l"]
 JudgeTemplate = Literal["harmbench", "llama-guard", "yes-no", "classifier"]
 Quantisation = Literal["none", "int8", "nf4"]
 Dtype = Literal["float32", "bfloat16"]
+# What a training adds to its loss: the part of the update outside of alignment (AsFT), or its norm
+PenaltyName = Literal["none", "asft", "norm"]
 # Whose tokenizer and chat template a measurement of an adapter uses
 TokenizerOf = Literal["model", "adapter"]
 
@@ -155,7 +157,12 @@ class TrainSpec(Spec):
     """One fine-tuning, of a LoRA adapter or of all weights. `steps`, if given, sets its length
     instead of `epochs`. `dtype` is that of the base, or of the passes; what is trained is float32.
 
-    Inputs: model, data.
+    `penalty` with `penalty_weight` is added to the loss of a step
+    (`ebbline.tasks.training.anchoring`). With `ema_decay` d, the result is the exponential moving
+    average e <- d e + (1 - d) w of the weights instead of the last ones. Where they are off, they
+    are no part of a key.
+
+    Inputs: model, data; and base, aligned for the penalty asft.
     """
 
     KIND: ClassVar[str] = "train"
@@ -183,6 +190,13 @@ class TrainSpec(Spec):
     weight_decay: Annotated[Number, Field(ge=0.0)] = 0.0
     warmup_share: Share = 0.05
     gradient_norm: Positive = 1.0
+    penalty: PenaltyName = Field(default="none", exclude_if=lambda penalty: penalty == "none")
+    penalty_weight: Annotated[Number, Field(ge=0.0)] = Field(
+        default=1.0, exclude_if=lambda weight: weight == 1.0
+    )
+    ema_decay: Annotated[Number, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0, exclude_if=lambda decay: decay == 0.0
+    )
     epochs: Positive = 1.0
     steps: Count | None = None
     global_batch: Count = 16
@@ -203,6 +217,28 @@ class TrainSpec(Spec):
                 f"{self.quantisation!r}; use 'none'"
             )
         return self
+
+    @model_validator(mode="after")
+    def _full_weights_are_not_anchored(self) -> Self:
+        if self.method == "full" and (self.penalty != "none" or self.ema_decay):
+            raise ValueError(
+                "`penalty` and `ema_decay` act on the matrices of an adapter; method 'full' has "
+                "none. Leave them out"
+            )
+        return self
+
+    @property
+    def penalised(self) -> bool:
+        """Whether a penalty acts: a weight of 0 turns it off."""
+        return self.penalty != "none" and self.penalty_weight > 0
+
+    def without_idle_settings(self) -> Self:
+        """These settings, written in one way only where no penalty acts: equal trainings then have
+        equal keys.
+        """
+        if self.penalised:
+            return self
+        return self.model_copy(update={"penalty": "none", "penalty_weight": 1.0})
 
 
 class AdapterSpec(Spec):

@@ -293,6 +293,7 @@ def _packed(
 
     # Imports peft and transformers, which a worker that only copies tensors does not need
     from ebbline.tasks.training.packed import run
+    from ebbline.tasks.training.penalties import contrast_in
 
     first, specs = turns[0], [turn.spec for turn in turns if isinstance(turn.spec, TrainSpec)]
     if len(specs) < len(turns):
@@ -309,7 +310,8 @@ def _packed(
         keys[
             Member(spec, Path(turn.request.out), replace(turn.ctx, micro_batch=ctx.micro_batch))
         ] = turn.request.key
-    for member, error in run(list(keys), first.inputs["model"], first.inputs["data"]):
+    model, data, contrast = first.inputs["model"], first.inputs["data"], contrast_in(first.inputs)
+    for member, error in run(list(keys), model, data, contrast):
         yield (
             keys[member],
             member.seconds,

@@ -13,6 +13,7 @@ from ebbline.tasks.data.batches import Row, count_tokens
 from ebbline.tasks.errors import Leaving, TrainingError
 from ebbline.tasks.training.pack_engine import Member, Pack
 from ebbline.tasks.training.packs import common, packable
+from ebbline.tasks.training.penalties import Contrast
 from ebbline.tasks.training.train import (
     batch_indices,
     check_loss,
@@ -25,9 +26,10 @@ from ebbline.tasks.training.train import (
 
 
 def run(
-    members: Sequence[Member], model: Path, data: Path
+    members: Sequence[Member], model: Path, data: Path, contrast: Contrast | None = None
 ) -> Iterator[tuple[Member, TrainingError | None]]:
-    """Train all members. Yields each member when its files are written, or with its error.
+    """Train all members. Yields each member when its files are written, or with its error. A
+    penalty asft needs `contrast`.
 
     The first member's Context gives the device and `micro_batch`, the rows of each member in one
     pass. Raises TrainingError for members that cannot be one pack. Raises Leaving, after all
@@ -35,7 +37,7 @@ def run(
     """
     clock = _Clock()
     _check(members)
-    pack = Pack(members, model)
+    pack = Pack(members, model, contrast)
     try:
         rows = read_rows(data, pack.tokenizer, members[0].spec)
         for member in members:
@@ -99,6 +101,7 @@ def _batch(member: Member, rows: Sequence[Row]) -> list[Row]:
 
 
 def _save(pack: Pack, member: Member) -> TrainingError | None:
+    pack.trainees[member.name].show_result()
     try:
         save_adapter(pack.model, member.name, member.spec, member.out)
     except TrainingError as error:

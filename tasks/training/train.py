@@ -1,7 +1,8 @@
 """Fine-tuning: the loop is load, while, step, save.
 
 The loss of a step is the mean over the assistant tokens of the global batch. So neither the
-micro-batch nor the number of processes changes the result. The rows and the dropout of a step
+micro-batch nor the number of processes changes the result. A penalty is added to it, once a step;
+the curve has the loss without it. The rows and the dropout of a step
 depend only on the seed and the step's number. So an interrupted training that continues from its
 checkpoint gives the result of an uninterrupted one.
 
@@ -29,13 +30,14 @@ from ebbline.tasks.specs import TrainSpec
 from ebbline.tasks.stage import Context
 from ebbline.tasks.training.engines import Curve, Engine, SingleDevice
 from ebbline.tasks.training.gang_engine import DeepSpeedGang
+from ebbline.tasks.training.penalties import contrast_in
 
 
 def run(spec: TrainSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
     engine: Engine = (
-        DeepSpeedGang(spec, inputs["model"], ctx)
+        DeepSpeedGang(spec, inputs["model"], ctx, contrast_in(inputs))
         if ctx.world_size > 1
-        else SingleDevice(spec, inputs["model"], ctx)
+        else SingleDevice(spec, inputs["model"], ctx, contrast_in(inputs))
     )
     try:
         rows = read_rows(inputs["data"], engine.tokenizer, spec)
