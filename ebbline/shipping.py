@@ -22,7 +22,7 @@ from ebbline.base_model import aligned_model
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.state.outcome import changed_share
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.points import OF_TRAINING, Result, adapter_stage
+from ebbline.sweeps.study.points import OF_TRAINING, Point, Result, adapter_stage
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.defences.in_use import DEFENCE
@@ -74,7 +74,7 @@ def ship(
         f"{DEFENCE.words.share}_of_seed": share,
         "weights_sha256": adapter.files[WEIGHTS],
         "base": {
-            **_base(study, result.point.model, with_base),
+            **_base(study, result.point, with_base),
             "content_sha256": stages[adapter_stage(result.point)].hashed["inputs"]["model"],
         },
         **picked_json(study, found),
@@ -93,7 +93,7 @@ def ship(
                 shutil.copyfile(adapter.file(file), fresh / file)
                 _require_recorded(adapter, file, fresh / file)
             config = json.loads((fresh / CONFIG).read_text())
-            named = {**config, **_base(study, result.point.model, with_base)}
+            named = {**config, **_base(study, result.point, with_base)}
             (fresh / CONFIG).write_text(json.dumps(named, indent=2, sort_keys=True))
             if base is not None:
                 base.write(fresh / ALIGNED)
@@ -108,14 +108,14 @@ def ship(
     return record
 
 
-def _base(study: Study, model: str, with_base: bool) -> dict[str, str | None]:
+def _base(study: Study, point: Point, with_base: bool) -> dict[str, str | None]:
     """The base model in PEFT's configuration: the hub's model at its commit, the exported folder,
     or a name that no hub and no folder has.
     """
-    hub = hub_base(study, model)
+    hub = hub_base(study, point)
     return {
         # "./" keeps libraries from looking for a model of that name on the hub
-        "base_model_name_or_path": f"./{ALIGNED}" if with_base else base_name(study, model),
+        "base_model_name_or_path": f"./{ALIGNED}" if with_base else base_name(study, point),
         "revision": None if hub is None else hub.commit,
     }
 

@@ -11,6 +11,7 @@ from typing import Any
 from ebbline.tasks.data.data_kind import DATA
 from ebbline.tasks.data.language_kind import LANGUAGE
 from ebbline.tasks.defences.apply_kind import APPLY
+from ebbline.tasks.defences.lox.lox_kind import LOX
 from ebbline.tasks.defences.project_kind import PROJECT
 from ebbline.tasks.defences.subspace_kind import SUBSPACE
 from ebbline.tasks.errors import StudyError
@@ -33,6 +34,7 @@ STAGE_KINDS: Mapping[str, StageKind[Any]] = {
         CONVERT,
         ORGANISM,
         DATA,
+        LOX,
         TRAIN,
         ADAPTER,
         SUBSPACE,

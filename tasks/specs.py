@@ -1,9 +1,11 @@
 """The typed settings of each stage kind: everything that can change a stage's output, and nothing
 else. They share one file because other code reads them too: memory is predicted from a TrainSpec.
 
-A Spec is hashed whole, defaults included, so a new field re-keys its kind. Raise VERSION when the
-meaning of a kind changes, and write "re-keys: KIND" in the change log. Settings that do not change
-the output (device, micro-batch, world size, ZeRO stage) are in `ebbline.tasks.stage.Context`.
+A Spec is hashed whole, defaults included, so a new field re-keys its kind. The exception is a field
+with `exclude_if`: it is in a key only where it differs from its default, which must never change.
+Raise VERSION when the meaning of a kind changes, and write "re-keys: KIND" in the change log.
+Settings that do not change the output (device, micro-batch, world size, ZeRO stage) are in
+`ebbline.tasks.stage.Context`.
 """
 
 import re
@@ -232,6 +234,11 @@ class TrainSpec(Spec):
         """Whether a penalty acts: a weight of 0 turns it off."""
         return self.penalty != "none" and self.penalty_weight > 0
 
+    @property
+    def reads_alignment(self) -> bool:
+        """Whether the training reads the two models whose difference is alignment."""
+        return self.penalised and self.penalty == "asft"
+
     def without_idle_settings(self) -> Self:
         """These settings, written in one way only where no penalty acts: equal trainings then have
         equal keys.
@@ -239,6 +246,19 @@ class TrainSpec(Spec):
         if self.penalised:
             return self
         return self.model_copy(update={"penalty": "none", "penalty_weight": 1.0})
+
+
+class LoxSpec(Spec):
+    """LoX, before a fine-tuning: the aligned model plus `factor` times the `directions` leading
+    directions of V = aligned - base. A factor of 0 is off.
+
+    Inputs: model (the aligned one), base.
+    """
+
+    KIND: ClassVar[str] = "lox"
+    MODEL: ClassVar[str] = "model"
+    factor: Annotated[Number, Field(ge=0.0)] = 0.0
+    directions: Count = 6
 
 
 class AdapterSpec(Spec):

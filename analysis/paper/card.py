@@ -84,25 +84,26 @@ def card(
         "## Provenance\n\n" + _rows(("what", "sha256"), _provenance(study, result.point, stages)),
     ]
     written = ModelCard.from_template(
-        _metadata(study, model), template_str=_TEMPLATE, text="\n\n".join(sections) + "\n"
+        _metadata(study, result.point), template_str=_TEMPLATE, text="\n\n".join(sections) + "\n"
     )
     return str(written)
 
 
-def hub_base(study: Study, model: str) -> Hub | None:
+def hub_base(study: Study, point: Point) -> Hub | None:
     """The adapter's base model on the hub; None if the study makes it or reads it from a file."""
-    return study.models[model].aligned.hub
+    return None if study.extrapolates(point.values) else study.models[point.model].aligned.hub
 
 
-def base_name(study: Study, model: str) -> str:
+def base_name(study: Study, point: Point) -> str:
     """The base model's name on the hub, or a name that says that it is not there."""
-    hub = hub_base(study, model)
-    return f"not-on-the-hub/{study.study}-{model}-aligned" if hub is None else hub.id
+    hub = hub_base(study, point)
+    role = "lox" if study.extrapolates(point.values) else "aligned"
+    return f"not-on-the-hub/{study.study}-{point.model}-{role}" if hub is None else hub.id
 
 
-def _metadata(study: Study, model: str) -> ModelCardData:
+def _metadata(study: Study, point: Point) -> ModelCardData:
     return ModelCardData(
-        base_model=base_name(study, model),
+        base_model=base_name(study, point),
         base_model_relation="adapter",
         library_name="peft",
         pipeline_tag="text-generation",
@@ -143,7 +144,7 @@ def _brought(study: Study, name: str) -> str:
 
 
 def _load(study: Study, point: Point, with_base: bool) -> str:
-    hub, size = hub_base(study, point.model), study.models[point.model]
+    hub, size = hub_base(study, point), study.models[point.model]
     done = "trained and measured" if brought(point) is None else "measured"
     note = (
         f"It was {done} with its base loaded {_LOADED_AS[size.quantisation]}, in "
@@ -260,6 +261,8 @@ def _sources(
 ) -> Iterator[tuple[str, str]]:
     size, name = study.models[point.model], brought(point)
     yield "aligned model", model_origin(size.aligned, size.base)
+    if study.extrapolates(point.values):
+        yield "model that was trained", "the aligned model after LoX (arXiv 2506.15606), as above"
     if size.base is not None:
         yield "base model", model_origin(size.base, None)
     if size.unaligned is not None:
@@ -365,9 +368,8 @@ def _limits(study: Study, found: Pick, alone: Result) -> Iterator[str]:
         "Intervals are Wilson's for rates and normal for means, 95%; they cover only "
         "the sampling of prompts of the same kind."
     )
-    if hub_base(study, found.result.point.model) is None and _is_tiny(
-        study, found.result.point.model
-    ):
+    point = found.result.point
+    if hub_base(study, point) is None and _is_tiny(study, point.model):
         yield (
             "The model is tiny and speaks an invented language: nothing here is evidence about "
             "a real model."

@@ -22,12 +22,13 @@ from ebbline.sweeps.study.adapters.branches import ADAPTER, Branch
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.identity import digest
 from ebbline.tasks.measuring.metrics import Metric
-from ebbline.tasks.specs import AdapterSpec, TrainSpec
+from ebbline.tasks.specs import AdapterSpec, LoxSpec, TrainSpec
 
 _STAGE_NAME = re.compile(r"(?P<part>[^#\[]+)(#(?P<block>\d+))?\[seed=(?P<seed>\d+)\]")
-# Stages that make a point's adapter; also prefixes of their axes. Of an adapter from outside,
+# Stages that make a point's adapter; also prefixes of their axes. `lox` makes the model that is
+# trained. Of an adapter from outside,
 # `adapter` is its stage, and the axis with its name.
-OF_TRAINING = ("data", "train", ADAPTER)
+OF_TRAINING = ("data", LoxSpec.KIND, "train", ADAPTER)
 Value = None | bool | int | float | str
 
 

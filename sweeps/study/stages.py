@@ -45,6 +45,7 @@ from ebbline.tasks.specs import (
     Dtype,
     JudgeSpec,
     LanguageSpec,
+    LoxSpec,
     OrganismSpec,
     Spec,
     TrainSpec,
@@ -180,10 +181,13 @@ class StageGraph:
         )
         stages = {StageName(name, seed): stage for name, stage in parts.items()}
         stages[StageName(makes, seed)] = defended
+        adapted = (parts.get(TrainSpec.KIND) or parts[AdapterSpec.KIND]).inputs["model"]
         for suite, entry in self.study.suites.items():
             blocks: list[Block] | list[None] = blocks_of(entry.measure) or [None]
             for block in blocks:
-                own = self._suite_stages(point.model, suite, defended, block, brought(point))
+                own = self._suite_stages(
+                    point.model, suite, defended, block, brought(point), adapted
+                )
                 for name, stage in own.items():
                     stages[StageName(name, seed, None if block is None else block.index)] = stage
         return stages
@@ -226,15 +230,34 @@ class StageGraph:
         data = self._data(
             self.study.data, _with(self.study.data.settings, "data", values, seed=seed)
         )
-        settings = _with(model.train_settings(self.study.train), "train", values, seed=seed)
-        inputs = {"model": self._families[name].aligned, "data": Part(data, DataSpec.ROWS)}
+        settings = _with(
+            model.train_settings(self.study.train), "train", values, seed=seed
+        ).without_idle_settings()
+        family = self._families[name]
+        started, extrapolated = self._started(family, values)
+        inputs = {"model": started, "data": Part(data, DataSpec.ROWS)}
+        if settings.reads_alignment and family.unaligned is not None:
+            inputs |= {"base": family.unaligned, "aligned": family.aligned}
         train = Stage(settings, inputs)
         if settings.method == "full":
             raise StudyError(
                 f"a point's train.method must be 'lora': {DEFENCE.words.name} projects "
                 "adapters; `tuned` models may be full"
             )
-        return {"data": data, "train": train}, settings
+        return {"data": data, **extrapolated, "train": train}, settings
+
+    def _started(
+        self, family: Family, values: Mapping[str, Value]
+    ) -> tuple[Input, dict[str, Stage]]:
+        """The model that a point's training starts from, and the stage that makes it: the aligned
+        model, or LoX of it.
+        """
+        settings = _with(self.study.lox, LoxSpec.KIND, values)
+        if settings.factor == 0 or family.unaligned is None:
+            return family.aligned, {}
+        models = {"model": family.aligned, "base": family.unaligned}
+        lox = Stage(settings, models)
+        return Part(lox, LoxSpec.MODEL), {LoxSpec.KIND: lox}
 
     def _brought(self, name: str, family: Family) -> tuple[dict[str, Stage], TrainSpec]:
         """The stage of an adapter from outside, and its rank and modules as training settings."""
@@ -265,13 +288,15 @@ class StageGraph:
         adapter: Stage | None,
         block: Block | None = None,
         brought_as: str | None = None,
+        adapted: Input | None = None,
     ) -> dict[str, Stage]:
         """The stages of one suite, or of one of its blocks, on a model with an adapter; without an
-        adapter before fine-tuning. `brought_as` is the adapter's name in `adapters`.
+        adapter before fine-tuning. `brought_as` is the adapter's name in `adapters`, `adapted` the
+        model that it was trained on, by default the aligned one.
         """
         model, entry = self.study.models[name], self.study.suites[suite]
         inputs: dict[str, Input] = {
-            "model": self._families[name].aligned,
+            "model": adapted or self._families[name].aligned,
             "prompts": self._rows(entry.prompts),
         }
         if adapter is not None:

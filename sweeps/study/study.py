@@ -6,7 +6,7 @@ YAML as a dict.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -43,6 +43,7 @@ from ebbline.tasks.specs import (
     Dtype,
     Frozen,
     JudgeSpec,
+    LoxSpec,
     Number,
     ProjectSpec,
     Quantisation,
@@ -169,6 +170,7 @@ class Study(Frozen):
     data: Data | None = None
     train: TrainSpec | None = None
     adapters: Annotated[dict[Name, AdapterRef], AfterValidator(_distinct_files)] = {}
+    lox: LoxSpec = LoxSpec()
     project: ProjectSpec = ProjectSpec()
     apply: ApplySpec = ApplySpec()
     language: Seed = 0
@@ -266,6 +268,28 @@ class Study(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _trainings_that_read_alignment_have_a_base(self) -> Self:
+        if self.train is None and self.lox != LoxSpec():
+            raise ValueError("lox: nothing is trained, because the study has no `train`; remove it")
+        for name, model in self.models.items():
+            if model.base is not None or model.unaligned is not None:
+                continue
+            reads = {"train.penalty asft": "asft", "lox.factor": 1.0}
+            for setting, value in reads.items():
+                axis = setting.partition(" ")[0]
+                values = self.axes_of(name).get(axis, (self.fixed(name, axis),))
+                on = isinstance(values, Range) or any(
+                    each == value if axis == "train.penalty" else each for each in values
+                )
+                if on:
+                    raise ValueError(
+                        f"models.{name}: `base` is missing: {setting} reads the difference of the "
+                        "aligned model and `base` or `unaligned`. Name the model before its "
+                        f"alignment, or leave {axis} out"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _replicates_have_seeds(self) -> Self:
         if self.replicates.policy == "near_frontier" and self.replicates.at_least > len(self.seeds):
             raise ValueError(
@@ -299,6 +323,7 @@ class Study(Frozen):
         """The settings that axes may vary, by the first part of an axis name."""
         own: dict[str, Spec | None] = {
             "data": None if self.data is None else self.data.settings,
+            "lox": None if self.train is None else self.lox,
             "train": self.train,
             "project": self.project,
             "apply": self.apply,
@@ -314,6 +339,10 @@ class Study(Frozen):
         if isinstance(settings, TrainSpec):
             settings = self.models[model].train_settings(settings)
         return None if settings is None else getattr(settings, name)
+
+    def extrapolates(self, values: Iterable[tuple[str, Any]]) -> bool:
+        """Whether the training of a point with these values starts from a LoX model."""
+        return bool(dict(values).get("lox.factor", self.lox.factor))
 
     @property
     def first_seeds(self) -> int:
@@ -529,6 +558,7 @@ class Study(Frozen):
 
 SETTINGS: Mapping[str, type[Spec]] = {
     "data": DataSpec,
+    "lox": LoxSpec,
     "train": TrainSpec,
     "project": ProjectSpec,
     "apply": ApplySpec,

@@ -173,6 +173,7 @@ def predict(
     step = max(
         12 * shape.vocabulary * tokens,
         layer * tokens + (largest if spec.quantisation != "none" else 0),
+        penalty_bytes(shape, members),
     )
     training: dict[str, float] = {
         "base weights": weights / n if stage == 3 else weights,
@@ -193,6 +194,10 @@ def predict(
         training["stacked adapters"] = (
             4 * adapter / (shape.layers if layout.gradient_checkpointing else 1)
         )
+    if averaged := sum(sum(shape.adapter(each)) for each in members if each.ema_decay):
+        training["moving averages"] = 4 * averaged  # a gang's are on rank 0
+    if any(each.reads_alignment for each in members):
+        training["alignment of the penalty"] = width * alignment_elements(shape, spec) / n
     if n > 1:
         # The float32 copy that DeepSpeed updates. Under ZeRO-3 the weights are sharded too, and
         # only small ones stay whole.
@@ -209,6 +214,21 @@ def predict(
     whole = weights / n if stage == 3 and spec.quantisation == "none" else weights
     embedding = shape.vocabulary * shape.hidden * width
     return PredictedMemory(training, whole + constants + 4 * adapter + max(largest, embedding))
+
+
+def alignment_elements(shape: Shape, spec: TrainSpec) -> int:
+    """The elements of V in the trained modules. A gang's members each keep a share of them."""
+    pairs = [shape.linears[name] for name in spec.target_modules if name in shape.linears]
+    return shape.layers * sum(inputs * outputs for inputs, outputs in pairs)
+
+
+def penalty_bytes(shape: Shape, members: Sequence[TrainSpec]) -> int:
+    """Bytes that AsFT's penalty takes for a moment, after the activations are freed: a module's V
+    in float32, if it is kept in bfloat16.
+    """
+    if not any(each.reads_alignment and each.dtype == "bfloat16" for each in members):
+        return 0
+    return 4 * max(inputs * outputs for inputs, outputs in shape.linears.values())
 
 
 def quantised_bytes(shape: Shape, quantisation: Quantisation, width: int) -> float:

@@ -189,7 +189,7 @@ class DeepSpeedGang(Engine):
     def _own_penalty(self, contrast: Contrast | None) -> Penalty | None:
         """The penalty with V of this member's share of the modules: every N-th of N members."""
         alignments: dict[str, ModuleAlignment] = {}
-        if self.spec.penalised and self.spec.penalty == "asft":
+        if self.spec.reads_alignment:
             own = modules_in(name for name, _ in self._named)[self.ctx.rank :: self.ctx.world_size]
             alignments = alignments_of(self.spec, own, contrast, self.ctx.device)
             different = torch.tensor(

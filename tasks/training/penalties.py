@@ -83,7 +83,7 @@ def penalty_of(
     """The penalty of a training; None where none acts. `alignments` are for AsFT's."""
     if not spec.penalised:
         return None
-    return Penalty(spec.penalty_weight, alignments if spec.penalty == "asft" else None)
+    return Penalty(spec.penalty_weight, alignments if spec.reads_alignment else None)
 
 
 def module_of(name: str) -> str:
@@ -116,7 +116,7 @@ def alignments_for(
     `names` are its trained tensors. Raises TrainingError without the two models, when they are
     equal in all these modules, and as `alignments_of` does.
     """
-    if not spec.penalised or spec.penalty != "asft":
+    if not spec.reads_alignment:
         return None
     found = alignments_of(spec, modules_in(names), contrast, device)
     require_difference(any(own.norm for own in found.values()))

@@ -133,6 +133,23 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
         ),
         ({"project": {"projector": "exact"}}, r"project: the exact projector needs `energy`"),
         ({"train": {"method": "full", "quantisation": "nf4"}}, r"cannot be quantised"),
+        ({"train": {"method": "full", "ema_decay": 0.9}}, r"act on the matrices of an adapter"),
+        ({"train": {"ema_decay": 1.0}}, r"train\.ema_decay: .*less than 1"),
+        ({"train": {"penalty": "l2"}}, r"train\.penalty: .*'asft'.*'l2'"),
+        (
+            {
+                "models/7b": {"aligned": {"organism": {"size": "small"}}},
+                "axes": {"train.penalty": ["norm", "asft"]},
+            },
+            r"models\.7b: `base` is missing: train\.penalty asft reads .* leave train\.penalty out",
+        ),
+        (
+            {
+                "models/7b": {"aligned": {"organism": {"size": "small"}}},
+                "axes": {"lox.factor": [0, 1]},
+            },
+            r"models\.7b: `base` is missing: lox\.factor reads .* leave lox\.factor out",
+        ),
     ],
     ids=lambda value: None if isinstance(value, str) else "/".join(value),
 )

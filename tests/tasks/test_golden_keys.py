@@ -24,6 +24,7 @@ from ebbline.tasks.specs import (
     GenerateSpec,
     JudgeSpec,
     LanguageSpec,
+    LoxSpec,
     OrganismSpec,
     ProjectSpec,
     ScoreSpec,
@@ -48,6 +49,12 @@ SPECS: dict[str, tuple[Spec, dict[str, str]]] = {
     "data, mixed": (DataSpec(size=100, mix_share=0.1), invented_contents("pool", "mix")),
     "train": (TrainSpec(), invented_contents("model", "data")),
     "train, full": (TrainSpec(method="full"), invented_contents("model", "data")),
+    "train, asft": (
+        TrainSpec(penalty="asft", penalty_weight=0.1, ema_decay=0.9),
+        invented_contents("model", "data", "base", "aligned"),
+    ),
+    "train, norm": (TrainSpec(penalty="norm"), invented_contents("model", "data")),
+    "lox": (LoxSpec(factor=1.25), invented_contents("model", "base")),
     "adapter": (AdapterSpec(), invented_contents("source", "model")),
     "subspace": (
         SubspaceSpec(energy=0.9, target_modules=("q_proj", "v_proj")),
