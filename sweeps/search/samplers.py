@@ -7,6 +7,7 @@ written to the database. TPE gets at most MAX_TPE_POINTS points, since its time 
 best by non-dominated rank, and a sample of the others.
 """
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,17 +15,25 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import (
+    BaseSampler,
+    NSGAIISampler,
+    PartialFixedSampler,
+    RandomSampler,
+    TPESampler,
+)
 from optuna.trial import TrialState, create_trial
 
 from ebbline.sweeps.dominance import ranks
 from ebbline.sweeps.search.gain import gains_of
+from ebbline.sweeps.search.turns import whose_turn
 from ebbline.sweeps.state.parameters import Names, plain
 from ebbline.sweeps.state.trials import DIRECTIONS, Entry
 from ebbline.sweeps.study.adapters.branches import ADAPTER, OwnAxes
 from ebbline.sweeps.study.points import Point, Value
 from ebbline.sweeps.study.space import written
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.in_use import AXIS
 from ebbline.tasks.measuring.metrics import direction
 
 REDRAWS = 8
@@ -51,11 +60,12 @@ class OptunaSampler:
         None when all of REDRAWS draws were in `proposed`.
         """
         shadow = self._shadow_of(entries, taught)
+        fixed = shadow.balanced(entries)
         for redraw in range(REDRAWS):
             sampler = _sampler(
                 self._study, seed=self._study.search.seed * 1_000_003 + k * REDRAWS + redraw
             )
-            found, drawn = shadow.draw(sampler)
+            found, drawn = shadow.draw(PartialFixedSampler(fixed, sampler) if fixed else sampler)
             if found not in proposed:
                 shadow.accept(k)
                 return found, drawn
@@ -158,11 +168,27 @@ class Shadow:
     def _branch(self, trial: optuna.Trial, model: str) -> tuple[OwnAxes, dict[str, Value]]:
         """The axes of the branch that the sampler draws, and the value that decides it."""
         branches = self._study.branches_of(model)
-        if len(branches) == 1:
-            return branches[0].axes, {}
-        name = plain(_suggest(trial, *self._names.axis(model, ADAPTER)))
-        trained, brought = branches
-        return (trained.axes, {}) if name is None else (brought.axes, {ADAPTER: name})
+        decided: dict[str, Value] = {}
+        if self._names.is_branched(model):
+            name = plain(_suggest(trial, *self._names.axis(model, ADAPTER)))
+            branches = tuple(
+                each for each in branches if (ADAPTER in each.axes) == (name is not None)
+            )
+            decided = {} if name is None else {ADAPTER: name}
+        if self._study.defences:
+            decided[AXIS] = plain(_suggest(trial, *self._names.axis(model, AXIS)))
+            branches = tuple(each for each in branches if each.defence.name == decided[AXIS])
+        return branches[0].axes, decided
+
+    def balanced(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        """The parameter `defence` with the defence whose turn it is, so that each gets as many
+        points; empty in a study that names none.
+        """
+        turn = whose_turn(self._study, [entry.point for entry in entries])
+        if turn is None:
+            return {}
+        names = {self._names.axis(model, AXIS)[0] for model in self._study.models}
+        return {name: json.dumps(turn) for name in names}
 
     def accept(self, k: int) -> None:
         """Use the last drawn trial as that of entry k."""
