@@ -63,9 +63,9 @@ class OptunaSampler:
         fixed = shadow.balanced(entries)
         for redraw in range(REDRAWS):
             sampler = _sampler(
-                self._study, seed=self._study.search.seed * 1_000_003 + k * REDRAWS + redraw
+                self._study, self._study.search.seed * 1_000_003 + k * REDRAWS + redraw, fixed
             )
-            found, drawn = shadow.draw(PartialFixedSampler(fixed, sampler) if fixed else sampler)
+            found, drawn = shadow.draw(sampler)
             if found not in proposed:
                 shadow.accept(k)
                 return found, drawn
@@ -261,15 +261,21 @@ def _suggest(trial: optuna.Trial, name: str, distribution: Any) -> Any:
     raise TypeError(f"{name} has the distribution {distribution!r}")
 
 
-def _sampler(study: Study, seed: int) -> BaseSampler:
+def _sampler(study: Study, seed: int, fixed: Mapping[str, Any]) -> BaseSampler:
+    """The study's sampler; parameters that are `fixed` have that value."""
     with warnings.catch_warnings():
-        # An asynchronous search needs constant_liar, which is experimental
+        # An asynchronous search needs constant_liar, which is experimental, as PartialFixedSampler
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        match study.sampler:
-            case "tpe":
-                startup = max(4, min(10, (study.search.points or 20) // 3))
-                return TPESampler(seed=seed, constant_liar=True, n_startup_trials=startup)
-            case "nsga2":
-                return NSGAIISampler(seed=seed)
-            case _:
-                return RandomSampler(seed=seed)
+        sampler = _own_sampler(study, seed)
+        return PartialFixedSampler(dict(fixed), sampler) if fixed else sampler
+
+
+def _own_sampler(study: Study, seed: int) -> BaseSampler:
+    match study.sampler:
+        case "tpe":
+            startup = max(4, min(10, (study.search.points or 20) // 3))
+            return TPESampler(seed=seed, constant_liar=True, n_startup_trials=startup)
+        case "nsga2":
+            return NSGAIISampler(seed=seed)
+        case _:
+            return RandomSampler(seed=seed)

@@ -396,7 +396,8 @@ class Study(Frozen):
         """
         part, _, name = axis.partition(".")
         if self.defences and (defence := owner_of(axis)) is not None:
-            return self.defences.get(defence.name, {}).get(name)
+            given = self.defences.get(defence.name, {}).get(name)
+            return None if isinstance(given, tuple | Range) else given
         settings = self.settings.get(part)
         if isinstance(settings, TrainSpec):
             settings = self.models[model].train_settings(settings)

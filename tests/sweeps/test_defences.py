@@ -125,7 +125,7 @@ def test_a_study_with_defences_is_written_and_read_again(tmp_path):
         ({"defences": {"safe_lora": {"threshold": [None, 0.5]}}}, "null is no setting"),
         ({"defences": {"safe_lora": {"threshold": [2.0]}}}, "less than or equal to 1"),
         ({"defences": {"drop": {"energy": 0.9}}}, "energy is a setting of the exact projector"),
-        ({"defences": {"safe_merge": {}}}, "`safety` is missing"),
+        ({"defences": {"safe_merge": {}}, "axes": {}}, "`safety` is missing"),
         (
             {"defences": {"scale": {}}, "axes": {"apply.threshold": [0.5]}},
             r"write defences\.safe_lora\.threshold",
