@@ -11,6 +11,8 @@ from typing import Any
 from ebbline.tasks.data.data_kind import DATA
 from ebbline.tasks.data.language_kind import LANGUAGE
 from ebbline.tasks.defences.apply_kind import APPLY
+from ebbline.tasks.defences.computing.defend_kind import DEFEND
+from ebbline.tasks.defences.computing.measure_kind import MEASURE
 from ebbline.tasks.defences.lox.lox_kind import LOX
 from ebbline.tasks.defences.project_kind import PROJECT
 from ebbline.tasks.defences.subspace_kind import SUBSPACE
@@ -40,6 +42,8 @@ STAGE_KINDS: Mapping[str, StageKind[Any]] = {
         SUBSPACE,
         PROJECT,
         APPLY,
+        MEASURE,
+        DEFEND,
         GENERATE,
         JUDGE,
         SCORE,

@@ -327,6 +327,43 @@ class ApplySpec(Spec):
         return self
 
 
+KnobValue = None | bool | int | float | str
+
+
+class MeasureSpec(Spec):
+    """What a defence keeps of the two models' weights for one adapter, at all its settings.
+
+    `knobs` are the values that the measurement depends on. `draws` is the number of rotated
+    projections for the control `random_subspace`. Inputs: adapter, base and aligned; also subspace
+    for the exact projector. `ebbline.tasks.defences.methods` has the methods.
+    """
+
+    KIND: ClassVar[str] = "measure"
+    COSINES: ClassVar[str] = "cosines.json"
+    KEPT: ClassVar[str] = "kept.json"
+    method: str
+    knobs: dict[str, KnobValue] = {}
+    draws: Annotated[int, Field(ge=0)] = 0
+
+
+class DefendSpec(Spec):
+    """A defence's adapter at one setting, or one draw of one of its controls at that setting.
+
+    The folder `adapter` has the same bytes for equal adapters, whatever the defence. Inputs:
+    adapter; measurement, a stage of the kind `project` or `measure`; safety for a defence that
+    merges with a safety adapter.
+    """
+
+    KIND: ClassVar[str] = "defend"
+    ADAPTER: ClassVar[str] = "adapter"
+    EFFECTS: ClassVar[str] = "effects.json"
+    CHOSEN: ClassVar[str] = ApplySpec.CHOSEN
+    method: str
+    knobs: dict[str, KnobValue] = {}
+    control: str | None = None
+    draw: Annotated[int, Field(ge=0)] | None = None
+
+
 class Decoding(Frozen):
     """Greedy decoding, setting by setting: the most likely token, of logits that nothing changes,
     until an end token.

@@ -48,7 +48,7 @@ from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import STATUSES, Result, StageName, training_of
 from ebbline.sweeps.study.space import limit
 from ebbline.sweeps.study.view import StudyView
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.defence import SHARE_COLUMN
 from ebbline.tasks.errors import DatabaseLost, EbblineError, StoreError
 from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.measuring.metrics import Metric
@@ -164,7 +164,7 @@ class LivePage:
         return {
             **self._row(result),
             "reason": result.reason,
-            DEFENCE.words.share: result.changed_share,
+            SHARE_COLUMN: result.changed_share,
             "all_metrics": {
                 metric_label(name): _metric(metric)
                 for name, metric in sorted(result.metrics.items())

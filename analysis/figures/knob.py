@@ -17,8 +17,10 @@ from ebbline.analysis.figures.drawing import SCREEN, Page, error_bar, looks, sty
 from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.measurements import Baselines, is_projected
 from ebbline.analysis.results.wording import axis_label, directed_label, natural, value_label
-from ebbline.sweeps.study.points import Result
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.sweeps.study.points import Result, defence_of
+from ebbline.tasks.defences.defence import Defence
+from ebbline.tasks.defences.in_use import AXIS, DEFENCES, NONE
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 
 _NO_BASELINES: Baselines = MappingProxyType({})
 
@@ -28,20 +30,20 @@ def threshold_figure(
     metric_names: Sequence[str],
     baselines: Baselines = _NO_BASELINES,
     page: Page = SCREEN,
+    defence: Defence = SAFE_LORA,
 ) -> Figure | None:
     """A row for each metric, a column for each model, a line for each training.
 
     A dotted line is the aligned model before fine-tuning. On a narrow page with several models,
     rows are models and columns are metrics. None when no finished result has a value of the knob.
     """
-    knob = DEFENCE.main_knob
-    done = [result for result in finished(results) if knob in dict(result.point.values)]
-    thresholds = sorted({_threshold(result) for result in done if not _is_none(result)})
+    knob, done = defence.main_knob, along_knob(results, defence)
+    thresholds = sorted({_value(result, knob) for result in done if not _is_none(result, knob)})
     models = sorted({result.point.model for result in done}, key=natural)
     if not thresholds or not metric_names:
         return None
-    words = DEFENCE.words
-    appearance = looks(_line_of(result) for result in done)
+    words = defence.words
+    appearance = looks(_line_of(result, knob) for result in done)
     none_at = thresholds[0] - max(0.05, 0.2 * (thresholds[-1] - thresholds[0]))
     turned = page.narrow and len(models) > 1
     rows, columns = (len(models), len(metric_names)) if turned else (len(metric_names), len(models))
@@ -64,12 +66,13 @@ def threshold_figure(
                 ]
                 by_line: dict[str, list[Result]] = {line: [] for line in appearance}
                 for result in own:
-                    by_line[_line_of(result)].append(result)
+                    by_line[_line_of(result, knob)].append(result)
                 for line, look in appearance.items():
                     _line(
                         axes,
                         by_line[line],
                         name,
+                        knob,
                         look,
                         none_at,
                         page.marks,
@@ -91,7 +94,7 @@ def threshold_figure(
             _ticks(
                 axes,
                 thresholds,
-                none_at if any(_is_none(result) for result in done) else None,
+                none_at if any(_is_none(result, knob) for result in done) else None,
                 None if page.width is None else page.width / columns,
             )
         for axes in grid[-1]:
@@ -102,17 +105,26 @@ def threshold_figure(
     return figure
 
 
-def _threshold(result: Result) -> float:
-    value = dict(result.point.values)[DEFENCE.main_knob]
+def along_knob(results: Sequence[Result], defence: Defence) -> list[Result]:
+    """The finished results with a value of the defence's main knob, and those with no defence if
+    there is any.
+    """
+    own = [r for r in finished(results) if defence.main_knob in dict(r.point.values)]
+    plain = [r for r in finished(results) if defence_of(r.point) is DEFENCES[NONE]]
+    return sorted([*own, *plain], key=lambda result: result.number) if own else []
+
+
+def _value(result: Result, knob: str) -> float:
+    value = dict(result.point.values)[knob]
     return float(value) if isinstance(value, int | float) else float("nan")
 
 
-def _is_none(result: Result) -> bool:
-    return dict(result.point.values)[DEFENCE.main_knob] is None
+def _is_none(result: Result, knob: str) -> bool:
+    return dict(result.point.values).get(knob) is None
 
 
-def _line_of(result: Result) -> str:
-    others = [(axis, value) for axis, value in result.point.values if axis != DEFENCE.main_knob]
+def _line_of(result: Result, knob: str) -> str:
+    others = [(axis, value) for axis, value in result.point.values if axis not in (knob, AXIS)]
     return (
         " ".join(f"{axis_label(axis)}={value_label(value)}" for axis, value in others)
         or "all trainings alike"
@@ -123,14 +135,18 @@ def _line(
     axes: Axes,
     own: Sequence[Result],
     name: str,
+    knob: str,
     look: tuple[str, str],
     none_at: float,
     marks: float,
 ) -> None:
     colour, marker = look
-    at = {result.number: none_at if _is_none(result) else _threshold(result) for result in own}
+    at = {
+        result.number: none_at if _is_none(result, knob) else _value(result, knob) for result in own
+    }
     joined = sorted(
-        (result for result in own if not _is_none(result)), key=lambda result: at[result.number]
+        (result for result in own if not _is_none(result, knob)),
+        key=lambda result: at[result.number],
     )
     axes.plot(
         [at[r.number] for r in joined],

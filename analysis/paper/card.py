@@ -23,11 +23,11 @@ from ebbline.analysis.results.wording import (
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.changes import lasting
-from ebbline.sweeps.study.points import Point, Result, adapter_stage, brought
+from ebbline.sweeps.study.points import Point, Result, adapter_stage, brought, defence_of
 from ebbline.sweeps.study.references import Data, Hub, Local, ModelRef
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import scorers_of
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.identity import digest
 from ebbline.tasks.measuring.metrics import Metric
 from ebbline.tasks.scoring.phrases import SCORERS
@@ -114,14 +114,21 @@ def _metadata(study: Study, point: Point) -> ModelCardData:
 def _what(
     study: Study, result: Result, alone: Result, spec: Mapping[str, Mapping[str, Any]]
 ) -> str:
-    makes = DEFENCE.makes.KIND
+    defence = defence_of(result.point)
     if not alone.changed_share:
         projected = "No module was projected: it held the floors without projection."
-    else:
-        which = DEFENCE.which({f"{makes}.{name}": each for name, each in spec[makes].items()})
+    elif defence is SAFE_LORA:
+        which = defence.which(study.knobs(defence, dict(result.point.values)))
         projected = (
-            f"After training, {DEFENCE.words.name} ({PAPER}) projected {alone.changed_share:.0%} "
+            f"After training, {defence.words.name} ({PAPER}) projected {alone.changed_share:.0%} "
             f"of its modules: those with a {which}."
+        )
+    else:
+        method = defence.method
+        formula = "" if method is None else f" ({method.formula}; {method.source})"
+        projected = (
+            f"After training, {defence.words.name}{formula} changed {alone.changed_share:.0%} of "
+            f"its modules: {defence.which(study.knobs(defence, dict(result.point.values)))}."
         )
     if seeds_of(result) > 1:
         projected += f" Over all seeds of the point it is {result.changed_share or 0.0:.0%}."
@@ -389,7 +396,7 @@ def _provenance(
     yield "aligned model: content", stages[adapter_stage(point)].hashed["inputs"]["model"]
     for part, artifact in stages.items():
         yield f"{part}: key", artifact.key
-    for file, sha in stages[DEFENCE.makes.KIND].files.items():
+    for file, sha in stages[defence_of(point).makes.KIND].files.items():
         yield f"{file}, as in the store", sha
 
 

@@ -24,7 +24,7 @@ from ebbline.analysis.results.wording import (
 )
 from ebbline.sweeps.study.points import Result, Value
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.measuring.metrics import Metric, direction
 
 ROWS = 40  # most rows of one float: more do not fit on a page
@@ -157,11 +157,13 @@ def frontier_table(study: Study, results: Sequence[Result], narrow: bool) -> str
         for axis in (axes_in(rows) if rows else [])
         if axis not in varying
     ]
+    names = [each.words.name for each in study.used_defences if each.method is not None]
+    by = f"projected by {names[0]}" if names == [SAFE_LORA.words.name] else "changed by a defence"
     caption = (
         f"Frontier of each model in the study {escaped(study.study)}. Rates are in per "
         f"cent; {_INTERVALS[layout.small]}"
         f" ({_samples({name: [row.metrics[name] for row in rows] for name in study.objectives})})."
-        rf" Share: of modules projected by {DEFENCE.words.name}. $\ast$: on the frontier "
+        rf" Share: of modules {by}. $\ast$: on the frontier "
         r"over all models."
     )
     if fixed:

@@ -24,13 +24,14 @@ from ebbline.cluster.profile import Profile
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.state.spending import Spent
-from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.points import Result, defence_of
 from ebbline.sweeps.study.references import Data
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import MultipleChoiceSuite, TaskSuite, scorers_of
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.defence import Defence
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.measuring.metrics import direction
-from ebbline.tasks.specs import TrainSpec
+from ebbline.tasks.specs import ProjectSpec, TrainSpec
 
 _QUANTISED = {
     "nf4": "quantised to NF4 [@dettmers2023qlora]",
@@ -192,25 +193,36 @@ def _projection(study: Study, results: Sequence[Result]) -> Iterator[str]:
     if all(model.base is None and model.unaligned is None for model in study.models.values()):
         yield "No adapter was changed after its training."
         return
-    project = study.project
+    for defence in study.used_defences:
+        yield from _of_defence(study, defence, results)
+
+
+def _of_defence(study: Study, defence: Defence, every: Sequence[Result]) -> Iterator[str]:
+    results = [result for result in every if defence_of(result.point) is defence]
+    if defence is SAFE_LORA:
+        yield _projected(study, results)
+    knobs = study.knobs(defence, {})
+    used = {
+        axis: _setting(results, axis, value)
+        for axis, value in knobs.items()
+        if axis == defence.main_knob or value is not None or _varies(results, axis)
+    }
+    yield from defence.rules(used)
+
+
+def _projected(study: Study, results: Sequence[Result]) -> str:
+    project = ProjectSpec.model_validate(study.defence_specs(SAFE_LORA)[0])
     projector = _setting(results, "project.projector", project.projector)
     energy = (
         f", holding {_setting(results, 'project.energy', project.energy)} of the energy"
         if project.energy is not None
         else ""
     )
-    yield (
+    return (
         "Adapters were projected after training as in Safe LoRA [@hsu2024safelora]"
         f" with the {projector} projector{energy}, computed from the difference between "
         f"the aligned model and {_subtracted(study)}."
     )
-    knobs = DEFENCE.knobs(study.settings[DEFENCE.makes.KIND], {})
-    used = {
-        axis: _setting(results, axis, value)
-        for axis, value in knobs.items()
-        if axis == DEFENCE.main_knob or value is not None or _varies(results, axis)
-    }
-    yield from DEFENCE.rules(used)
 
 
 def _subtracted(study: Study) -> str:

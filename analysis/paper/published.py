@@ -7,7 +7,7 @@ attack success rate that was measured by phrases is stored as 1 minus that rate;
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.defence import SHARE_COLUMN
 from ebbline.tasks.specs import PromptFormat, Quantisation
 
 State = Literal["before", "fine-tuned", "projected"]
@@ -244,7 +244,7 @@ PUBLISHED: tuple[Published, ...] = (
         "Llama-2-7B-Chat",
         _LLAMA_7B,
         "projected",
-        DEFENCE.words.share,
+        SHARE_COLUMN,
         0.11,
         "about; of layers",
     ),
@@ -263,7 +263,7 @@ PUBLISHED: tuple[Published, ...] = (
         "Llama-3-8B",
         _LLAMA_3,
         "projected",
-        DEFENCE.words.share,
+        SHARE_COLUMN,
         0.35,
         "about; of layers",
     ),

@@ -30,7 +30,7 @@ from ebbline.analysis.results.measurements import (
 from ebbline.sweeps.search.importance import METHOD, Importance, importances
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def pictures_of(found: Findings) -> dict[str, FigureToDraw]:
         "thresholds": FigureToDraw(
             lambda: threshold_figure(results, names, baselines),
             lambda: threshold_words(results, names, baselines),
-            lambda: f"{DEFENCE.words.against} 95% Wilson intervals.",
+            lambda: f"{SAFE_LORA.words.against} 95% Wilson intervals.",
         ),
         "before-after": FigureToDraw(
             lambda: before_after_figure(found.lines),

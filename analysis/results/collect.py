@@ -20,13 +20,13 @@ from ebbline.sweeps.state.result_cache import ResultCache
 from ebbline.sweeps.state.spending import Spent, read_spent
 from ebbline.sweeps.state.trials import Entry, Reader, read
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.points import Result, keys_of
+from ebbline.sweeps.study.points import Result, defence_of, keys_of
 from ebbline.sweeps.study.stages import stages_or_reason
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import scorers_of
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.defences.gate import ProjectedRows, projected_rows
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.measuring.metrics import METRICS, SAMPLES, Metric, read_metrics, read_samples
 from ebbline.tasks.specs import GenerateSpec, ScoreSpec
 from ebbline.tasks.stage import Stage, closure
@@ -94,13 +94,14 @@ class Follower:
 def projections(
     study: Study, results: Sequence[Result], home: Home
 ) -> dict[str, dict[str, ProjectedRows]]:
-    """Model -> label -> the projected modules of one adapter.
+    """Model -> label -> the modules of one adapter that Safe LoRA projected.
 
     The operating point comes first, if there is one. A point with several seeds shows its first.
     """
     refusal, found = refusal_metric(study), dict[str, dict[str, ProjectedRows]]()
-    for model in sorted({result.point.model for result in finished(results)}, key=natural):
-        own = [result for result in finished(results) if result.point.model == model]
+    projected_by = [r for r in finished(results) if defence_of(r.point) is SAFE_LORA]
+    for model in sorted({result.point.model for result in projected_by}, key=natural):
+        own = [result for result in projected_by if result.point.model == model]
         picked = operating_point(study, own, refusal) if refusal is not None else None
         first = own[0] if picked is None else picked[0]
         shown: dict[str, ProjectedRows] = {}
@@ -108,7 +109,7 @@ def projections(
         for result in [first, *own]:
             measured, projected = (
                 home.store.open(kind, result.keys[f"{kind}[seed={study.seeds[0]}]"])
-                for kind in (DEFENCE.measures.KIND, DEFENCE.makes.KIND)
+                for kind in (SAFE_LORA.measures.KIND, SAFE_LORA.makes.KIND)
             )
             if measured.key not in seen:
                 seen.add(measured.key)

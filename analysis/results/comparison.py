@@ -28,7 +28,7 @@ from ebbline.analysis.results.statistics import SHARES
 from ebbline.analysis.results.wording import natural
 from ebbline.sweeps.study.points import Point, Result, Value, brought, distinct
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.in_use import owns
 from ebbline.tasks.measuring.metrics import direction
 
 RESAMPLES = 1000
@@ -215,7 +215,7 @@ def _settings(study: Study, point: Point, axes: Sequence[str]) -> tuple[Value, .
     given = brought(point) is not None  # its training has no setting of the study
     found = []
     for axis in axes:
-        fixed = None if given and not DEFENCE.owns(axis) else study.fixed(point.model, axis)
+        fixed = None if given and not owns(axis) else study.fixed(point.model, axis)
         value = values.get(axis, fixed)
         found.append(
             float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -35,7 +35,7 @@ from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.adapters.branches import ADAPTER
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study, axis_fields
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.defence import SHARE_COLUMN
 from ebbline.tasks.files import write_whole
 from ebbline.tasks.measuring.metrics import Metric
 
@@ -81,7 +81,7 @@ def results_frame(
         columns |= _metric_columns(name, [row.metrics.get(name) for row in rows])
     columns["on_frontier"] = _column([row.number in overall for row in rows], "boolean")
     columns["on_model_frontier"] = _column([row.number in own for row in rows], "boolean")
-    columns[DEFENCE.words.share] = _column([row.changed_share for row in rows], "Float64")
+    columns[SHARE_COLUMN] = _column([row.changed_share for row in rows], "Float64")
     columns["seconds"] = _column([row.seconds for row in rows], "Float64")
     columns |= {
         name: _column(values, "Float64") for name, values in cost_columns(rows, profile).items()
@@ -172,8 +172,7 @@ def frontier_cells(frame: pd.DataFrame, metrics: Sequence[str] | None = None) ->
             for value, own in zip(rows[axis], given, strict=True)
         ]
     cells["projected"] = [
-        "none" if pd.isna(share) or not share else f"{share:.0%}"
-        for share in rows[DEFENCE.words.share]
+        "none" if pd.isna(share) or not share else f"{share:.0%}" for share in rows[SHARE_COLUMN]
     ]
     for name in metrics:
         columns = (name, f"{name}_low", f"{name}_high", f"{name}_undecided")

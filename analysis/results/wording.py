@@ -9,7 +9,7 @@ from pathlib import Path
 from ebbline.sweeps.drive.live import AtWork
 from ebbline.sweeps.study.adapters.branches import ADAPTER
 from ebbline.sweeps.study.points import INVALID, Point, Status, Value
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.in_use import owns
 from ebbline.tasks.measuring.metrics import Metric, direction
 
 METRIC_NAMES = {"rouge_l": "ROUGE-L", "acc_norm": "acc_norm"}  # as the field writes them
@@ -45,7 +45,7 @@ def axis_value_label(axis: str, value: Value, is_brought: bool) -> str:
     """
     if value is None and axis == ADAPTER:
         return "trained"
-    if value is None and is_brought and not DEFENCE.owns(axis):
+    if value is None and is_brought and not owns(axis):
         return "-"
     return value_label(value)
 

@@ -26,7 +26,7 @@ from ebbline.cluster.schedule.costs import total
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.defence import SHARE_COLUMN
 from ebbline.tasks.errors import Incomplete
 from ebbline.tasks.identity import digest
 
@@ -114,7 +114,7 @@ def _point_page(
         "reason": without_paths(result.reason, hosts)[:300],
         "seconds": result.seconds,
         "gpu_hours": cost.gpu_hours,
-        DEFENCE.words.share: result.changed_share,
+        SHARE_COLUMN: result.changed_share,
         "stages": dict(result.keys),
     }
     usd = cost.usd(profile)

@@ -13,10 +13,9 @@ from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.state.races.racing import ArtifactLookup, Rivals, races, standing
 from ebbline.sweeps.state.replicates import seeds_needed, seeds_of
 from ebbline.sweeps.state.trials import Entry
-from ebbline.sweeps.study.points import OUTDATED, Point, Result, StageName, ended
+from ebbline.sweeps.study.points import OUTDATED, Point, Result, StageName, defence_of, ended
 from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_reason
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import METRICS, Metric, pooled, read_metrics
 from ebbline.tasks.stage import Stage, closure
 
@@ -180,7 +179,7 @@ def result_of(
     stands = standing(study, stages, lookup, (rivals or Rivals(study)).before(number, point))
     if stands.missing:
         return Result(number, point, "running", keys=keys, seconds=seconds, costs=costs)
-    share = changed_share(artifacts)
+    share = changed_share(point, artifacts)
     return Result(
         number,
         point,
@@ -201,15 +200,15 @@ def costs_of(stages: Iterable[Stage], lookup: ArtifactLookup) -> dict[str, Cost]
     }
 
 
-def changed_share(artifacts: Mapping[str, Artifact]) -> float:
+def changed_share(point: Point, artifacts: Mapping[str, Artifact]) -> float:
     """The share of modules that the defence changed, over all replicates of a point. `artifacts`
     are by stage name.
     """
-    changed = total = 0
+    defence, changed, total = defence_of(point), 0, 0
     named = {StageName.parse(name): artifact for name, artifact in artifacts.items()}
     for name, artifact in named.items():
-        if name.part == DEFENCE.makes.KIND:
-            measured = named[replace(name, part=DEFENCE.measures.KIND)]
-            some, every = DEFENCE.changed(measured.file, artifact.file)
+        if name.part == defence.makes.KIND:
+            measured = named[replace(name, part=defence.measures.KIND)]
+            some, every = defence.changed(measured.file, artifact.file)
             changed, total = changed + some, total + every
     return changed / total

@@ -35,7 +35,7 @@ from ebbline.sweeps.state.races.racing import ArtifactLookup, races
 from ebbline.sweeps.state.trials import Entry
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.in_use import KINDS
 from ebbline.tasks.files import write_whole
 from ebbline.tasks.identity import digest
 from ebbline.tasks.kinds import kind_named
@@ -170,7 +170,7 @@ def _read(artifact: Artifact) -> list[str]:
     """The files of an artifact that a result is computed from, beside its record."""
     if kind_named(artifact.kind).has_metrics:
         return [METRICS]
-    return sorted(artifact.files) if artifact.kind in DEFENCE.kinds else []
+    return sorted(artifact.files) if artifact.kind in KINDS else []
 
 
 def _names(kind: str, key: str, attempt: str, files: Iterable[str]) -> list[str]:

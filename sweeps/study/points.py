@@ -6,8 +6,8 @@ keeps each one's value.
 
 This module alone decides what two points share. Points share
 
-    adapter_of        one training and one `project` stage: they differ only in the knobs
-    without_defence   all settings but the defence's
+    adapter_of        one training and one first stage of one defence: they differ only in the knobs
+    without_defence   all settings but those of defences
     training_of       one training: they differ only in what changes its adapter afterwards
 """
 
@@ -19,7 +19,9 @@ from typing import Literal
 
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.sweeps.study.adapters.branches import ADAPTER, Branch
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.defence import Defence
+from ebbline.tasks.defences.in_use import AXIS, DEFENCES, KINDS, is_knob, owns
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.identity import digest
 from ebbline.tasks.measuring.metrics import Metric
 from ebbline.tasks.specs import AdapterSpec, LoxSpec, TrainSpec
@@ -62,6 +64,12 @@ def brought(point: Point) -> str | None:
     return None if name is None else str(name)
 
 
+def defence_of(point: Point) -> Defence:
+    """The defence of a point; Safe LoRA in a study that names none."""
+    name = dict(point.values).get(AXIS)
+    return SAFE_LORA if name is None else DEFENCES[str(name)]
+
+
 def own_seeds(seeds: Sequence[int], point: Point) -> Sequence[int]:
     """Those of a study's seeds that a point has: an adapter from outside is measured once, under
     the first.
@@ -71,7 +79,11 @@ def own_seeds(seeds: Sequence[int], point: Point) -> Sequence[int]:
 
 def is_of(point: Point, branch: Branch) -> bool:
     """Whether a point belongs to a branch of the space."""
-    return point.model == branch.model and (brought(point) is None) != (ADAPTER in branch.axes)
+    return (
+        point.model == branch.model
+        and (brought(point) is None) != (ADAPTER in branch.axes)
+        and defence_of(point) is branch.defence
+    )
 
 
 def adapter_stage(point: Point) -> str:
@@ -80,13 +92,13 @@ def adapter_stage(point: Point) -> str:
 
 
 def adapter_of(point: Point) -> Point:
-    """The point without the defence's knobs."""
-    return _kept(point, lambda axis: not DEFENCE.is_knob(axis))
+    """The point without its defence's knobs."""
+    return _kept(point, lambda axis: not is_knob(axis))
 
 
 def without_defence(point: Point) -> Point:
-    """The point without the defence's knobs and its other settings."""
-    return _kept(point, lambda axis: not DEFENCE.owns(axis))
+    """The point without its defence: neither its name nor its knobs and other settings."""
+    return _kept(point, lambda axis: not owns(axis))
 
 
 def training_of(point: Point) -> Point:
@@ -211,7 +223,7 @@ def is_as_trained(result: Result) -> bool:
     no module, and no stage of another kind is between training and measuring.
     """
     suites = {name.rpartition(".")[0] for name in result.metrics}
-    expected = {*OF_TRAINING, *DEFENCE.kinds, *suites}
+    expected = {*OF_TRAINING, *KINDS, *suites}
     parts = {StageName.parse(name).part for name in result.keys}
     # `generate:refusal` serves a suite; the name of a stage that changes adapters has no colon.
     return not result.changed_share and all(part in expected or ":" in part for part in parts)

@@ -58,6 +58,27 @@ class Replicates(Frozen):
     at_least: Count = 1
 
 
+class Controls(Frozen):
+    """The controls of each defence (see ebbline.tasks.defences.controls), run after the search.
+
+    `settings` is the number of settings of a defence that get controls: its operating point, then
+    its measured neighbours on both sides. `draws` is the number of draws of a random control. In a
+    study file, `false` is no setting, `true` the default, and a number is `settings`.
+    """
+
+    settings: Annotated[int, Field(ge=0, le=9)] = 3
+    draws: Annotated[int, Field(ge=1, le=20)] = 3
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, given: object) -> object:
+        if given is True:
+            return {}
+        if given is False:
+            return {"settings": 0}
+        return {"settings": given} if isinstance(given, int) else given
+
+
 # A name becomes a file's name, so it does not end with a dot, which some file systems drop, and
 # leaves room for the rest: they take at most 255 bytes.
 Name = Annotated[

@@ -15,6 +15,7 @@ from ebbline.cluster.executors.executor import Needs
 from ebbline.cluster.schedule.needs import default_needs
 from ebbline.sweeps.study.adapters.kept import keep, kept_path
 from ebbline.sweeps.study.adapters.reference import AdapterFolder
+from ebbline.sweeps.study.defended.named import message_of
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.pins import require_pins
 from ebbline.sweeps.study.points import (
@@ -25,23 +26,26 @@ from ebbline.sweeps.study.points import (
     Value,
     adapter_of,
     brought,
+    defence_of,
     own_seeds,
     training_of,
 )
 from ebbline.sweeps.study.references import Data, DataRef, Hub, Local, ModelRef
 from ebbline.sweeps.study.study import Model, Study
 from ebbline.sweeps.study.suites import blocks_of, stages_of
-from ebbline.tasks.defences.in_use import DEFENCE
-from ebbline.tasks.errors import PinError, StudyError
+from ebbline.tasks.defences.defence import Defence
+from ebbline.tasks.errors import PinError, ProjectionError, StudyError
 from ebbline.tasks.identity import digest
 from ebbline.tasks.models.brought.work import as_training
 from ebbline.tasks.specs import (
     DEFAULT_CHAT,
     AdapterSpec,
+    ApplySpec,
     Block,
     Chat,
     ConvertSpec,
     DataSpec,
+    DefendSpec,
     Dtype,
     JudgeSpec,
     LanguageSpec,
@@ -93,6 +97,7 @@ class StageGraph:
             for name, judge in study.judges.items()
         }
         self._families = {name: self._family(name, model) for name, model in study.models.items()}
+        self._defences = {each.name: study.defence_specs(each) for each in study.used_defences}
         self._initial = dict(self.labels), dict(self._needs)
 
     def fresh_copy(self) -> "StageGraph":
@@ -171,16 +176,43 @@ class StageGraph:
 
     def _seed_stages(self, point: Point, seed: int) -> dict[StageName, Stage]:
         parts = self._adapter_stages(point, seed)
-        measures, makes = DEFENCE.measures.KIND, DEFENCE.makes.KIND
-        defended = Stage(
-            _with(self.study.settings[makes], makes, dict(point.values)),
-            {
-                "adapter": _adapter_in(parts),
-                DEFENCE.measured_input: parts[measures],
-            },
-        )
+        makes = defence_of(point).makes.KIND
         stages = {StageName(name, seed): stage for name, stage in parts.items()}
+        defended = self._made(point, parts)
         stages[StageName(makes, seed)] = defended
+        return stages | self._measured(point, seed, _adapter_in({makes: defended}))
+
+    def _made(self, point: Point, parts: Mapping[str, Stage]) -> Stage:
+        """The stage that makes the point's adapter from the stages of `_adapter_stages`."""
+        defence = defence_of(point)
+        inputs: dict[str, Input] = {
+            "adapter": _adapter_in(parts),
+            defence.measured_input: parts[defence.measures.KIND],
+        }
+        if defence.method is not None and defence.method.reads_safety:
+            inputs["safety"] = _adapter_in({AdapterSpec.KIND: self._safety(point.model)})
+        return Stage(self._specs(defence, dict(point.values))[1], inputs)
+
+    def _specs(self, defence: Defence, values: Mapping[str, Value]) -> tuple[Spec, Spec]:
+        """The Specs of a defence's two stages. Raises StudyError for invalid settings."""
+        own = {axis: value for axis, value in values.items() if defence.owns(axis)}
+        try:
+            return defence.with_values(self._defences[defence.name], own)
+        except (ProjectionError, ValidationError) as error:
+            raise StudyError(f"{defence.name} with {own}: {message_of(error)}") from None
+
+    def _safety(self, model: str) -> Stage:
+        """The stage that checks a size's safety adapter."""
+        reference = self.study.models[model].safety
+        if reference is None:
+            raise StudyError(f"models.{model}.safety is missing: the adapter to merge with")
+        source = self._outside(reference.path or reference.hub, "model")
+        return Stage(AdapterSpec(), {"source": source, "model": self._families[model].aligned})
+
+    def _measured(self, point: Point, seed: int, defended: Input) -> dict[StageName, Stage]:
+        """The stages that measure an adapter."""
+        stages = dict[StageName, Stage]()
+        parts = self._adapter_stages(point, seed)
         adapted = (parts.get(TrainSpec.KIND) or parts[AdapterSpec.KIND]).inputs["model"]
         for suite, entry in self.study.suites.items():
             blocks: list[Block] | list[None] = blocks_of(entry.measure) or [None]
@@ -193,7 +225,7 @@ class StageGraph:
         return stages
 
     def _adapter_stages(self, point: Point, seed: int) -> dict[str, Stage]:
-        """The stages that all settings of the defence's knobs share; cached, because points of one
+        """The stages that all settings of a defence's knobs share; cached, because points of one
         adapter follow each other.
         """
         values = dict(adapter_of(point).values)
@@ -206,9 +238,10 @@ class StageGraph:
                 if name is None
                 else self._brought(name, family)
             )
-            kind = DEFENCE.measures.KIND
-            first_spec = _with(self.study.settings[kind], kind, values)
-            inputs = self._defence_inputs(family, first_spec, lora)
+            defence = defence_of(point)
+            kind = defence.measures.KIND
+            first_spec = self._specs(defence, values)[0]
+            inputs = self._defence_inputs(defence, family, first_spec, lora)
             first_stage = Stage(first_spec, {"adapter": _adapter_in(made), **inputs})
             shared = {name: stage for name, stage in inputs.items() if isinstance(stage, Stage)}
             if len(self._adapters) >= CACHED_ADAPTERS:
@@ -241,8 +274,8 @@ class StageGraph:
         train = Stage(settings, inputs)
         if settings.method == "full":
             raise StudyError(
-                f"a point's train.method must be 'lora': {DEFENCE.words.name} projects "
-                "adapters; `tuned` models may be full"
+                "a point's train.method must be 'lora': defences change adapters; `tuned` models "
+                "may be full"
             )
         return {"data": data, **extrapolated, "train": train}, settings
 
@@ -270,22 +303,22 @@ class StageGraph:
         return {AdapterSpec.KIND: adapter}, as_training(source.location)
 
     def _defence_inputs(
-        self, family: Family, first_spec: Spec, train: TrainSpec
+        self, defence: Defence, family: Family, first_spec: Spec, train: TrainSpec
     ) -> dict[str, Input]:
-        """The inputs of the defence's first stage beside the adapter: the two models, or one stage
+        """The inputs of a defence's first stage beside the adapter: the two models, or one stage
         over them that all adapters share.
         """
-        if family.unaligned is None:
+        if family.unaligned is None or not defence.reads_models:
             return {}
         models: dict[str, Input] = {"base": family.unaligned, "aligned": family.aligned}
-        shared = DEFENCE.shared(first_spec, train)
+        shared = defence.shared(first_spec, train)
         return models if shared is None else {shared.KIND: Stage(shared, models)}
 
     def _suite_stages(
         self,
         name: str,
         suite: str,
-        adapter: Stage | None,
+        adapter: Input | None,
         block: Block | None = None,
         brought_as: str | None = None,
         adapted: Input | None = None,
@@ -420,12 +453,16 @@ class StageGraph:
         return Source(found, str(path.resolve()))
 
 
-def _adapter_in(stages: Mapping[str, Stage]) -> Part:
-    """The adapter of a point: from its training, or from the check of one that was brought."""
-    brought_in = stages.get(AdapterSpec.KIND)
-    if brought_in is not None:
-        return Part(brought_in, AdapterSpec.ADAPTER)
-    return Part(stages[TrainSpec.KIND], TrainSpec.ADAPTER)
+def _adapter_in(stages: Mapping[str, Stage]) -> Input:
+    """The adapter of the first stage that has one: a defence's, an adapter from outside, or that of
+    a training. `apply` writes nothing else.
+    """
+    if ApplySpec.KIND in stages:
+        return stages[ApplySpec.KIND]
+    for spec in (DefendSpec, AdapterSpec, TrainSpec):
+        if spec.KIND in stages:
+            return Part(stages[spec.KIND], spec.ADAPTER)
+    raise ValueError(f"none of {sorted(stages)} makes an adapter")
 
 
 def stages_or_reason(graph: StageGraph, point: Point) -> tuple[dict[str, Stage], str]:

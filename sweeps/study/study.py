@@ -6,7 +6,8 @@ YAML as a dict.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -17,11 +18,20 @@ from ebbline.sweeps.study.adapters.branches import Branch, adapters_of, branches
 from ebbline.sweeps.study.adapters.branches import faults_of as adapter_faults
 from ebbline.sweeps.study.adapters.reference import AdapterRef
 from ebbline.sweeps.study.axes import Axis, AxisValue, Range, count_of, distinct, of_size
+from ebbline.sweeps.study.defended.named import (
+    Defences,
+    SafetyAdapter,
+    owner_of,
+    specs_of,
+)
+from ebbline.sweeps.study.defended.named import axes_of as knob_axes
+from ebbline.sweeps.study.defended.named import faults_of as defence_faults
 from ebbline.sweeps.study.policies import (
     SURROGATE_AXES,
     TPE_POINTS,
     Budget,
     Constraints,
+    Controls,
     Name,
     Replicates,
     Sampler,
@@ -30,8 +40,10 @@ from ebbline.sweeps.study.policies import (
 from ebbline.sweeps.study.reading.field_faults import faults, unknown
 from ebbline.sweeps.study.references import Data, DataRef, ModelRef, template_text
 from ebbline.sweeps.study.suites import Suite, scorers_of
-from ebbline.tasks.defences.in_use import DEFENCE
-from ebbline.tasks.errors import StudyError
+from ebbline.tasks.defences.defence import Defence
+from ebbline.tasks.defences.in_use import AXIS, DEFENCES, NONE, owns
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
+from ebbline.tasks.errors import ProjectionError, StudyError
 from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.scoring.phrases import SCORERS
 from ebbline.tasks.specs import (
@@ -79,6 +91,8 @@ class Model(Frozen):
     names a file with a template for a model that has none, or in place of its own. It is read once,
     when the study file is read: its text becomes `chat.text`, and so a part of every key.
 
+    `safety` is the safety adapter of this size, for the defence `safe_merge`.
+
     `unaligned` replaces the base in Safe LoRA's subtraction: the paper notes that an aligned model
     fine-tuned on harmful data behaves like the base. A family without an available base gives only
     `unaligned`. Without either, a study measures what fine-tuning does and projects nothing.
@@ -87,6 +101,7 @@ class Model(Frozen):
     base: ModelRef | None = None
     aligned: ModelRef
     unaligned: ModelRef | None = None
+    safety: SafetyAdapter | None = Field(default=None, exclude_if=lambda given: given is None)
     quantisation: Quantisation = "nf4"
     dtype: Dtype = "bfloat16"
     chat: Chat = DEFAULT_CHAT
@@ -173,6 +188,8 @@ class Study(Frozen):
     lox: LoxSpec = LoxSpec()
     project: ProjectSpec = ProjectSpec()
     apply: ApplySpec = ApplySpec()
+    defences: Defences = {}
+    controls: Controls | None = Field(default=None, exclude_if=lambda given: given is None)
     language: Seed = 0
     axes: dict[str, Axis]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(distinct)] = (0,)
@@ -186,7 +203,7 @@ class Study(Frozen):
 
     @model_validator(mode="after")
     def _axes_name_fields(self) -> Self:
-        fields = set(axis_fields())
+        fields = set(axis_fields(list(self.defences)))
         narrowed = {f"models.{name}.axes": list(model.axes) for name, model in self.models.items()}
         for where, axes in {"axes": list(self.axes), **narrowed}.items():
             for axis in axes:
@@ -217,6 +234,17 @@ class Study(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _defences_have_their_own_axes(self) -> Self:
+        if not self.defences:
+            return self
+        axes: dict[str, Mapping[str, Any]] = {"axes": self.axes}
+        axes |= {f"models.{name}.axes": model.axes for name, model in self.models.items()}
+        changed = {"project": self.project != ProjectSpec(), "apply": self.apply != ApplySpec()}
+        if faults := list(defence_faults(self.defences, axes, changed)):
+            raise ValueError("; ".join(faults))
+        return self
+
+    @model_validator(mode="after")
     def _axes_hold_valid_values(self) -> Self:
         settings = self.settings
         narrowed: list[tuple[str, Mapping[str, Any]]] = [
@@ -227,9 +255,15 @@ class Study(Frozen):
                 prefix, _, field = axis.partition(".")
                 for value in values.edges if isinstance(values, Range) else values:
                     try:
+                        if self.defences and (defence := owner_of(axis)) is not None:
+                            knob = axis.partition(".")[2]
+                            defence.checked(knob, value)
+                            continue
                         type(settings[prefix]).model_validate(
                             {**settings[prefix].model_dump(), field: value}
                         )
+                    except ProjectionError as error:
+                        raise ValueError(f"{where}.{axis}: {error}") from None
                     except ValidationError as error:
                         # Errors of other fields are ignored: another axis may change those.
                         own = next(
@@ -253,13 +287,15 @@ class Study(Frozen):
 
     @model_validator(mode="after")
     def _projections_have_a_base(self) -> Self:
+        if self.defences:
+            return self
         for name, model in self.models.items():
-            projected = [axis for axis in self.axes_of(name) if DEFENCE.owns(axis)]
+            projected = [axis for axis in self.axes_of(name) if owns(axis)]
             if self.apply != ApplySpec():
                 projected.append("apply")
             if model.base is None and model.unaligned is None and projected:
                 raise ValueError(
-                    f"models.{name}: `base` is missing: {DEFENCE.words.name} subtracts `base` or "
+                    f"models.{name}: `base` is missing: {SAFE_LORA.words.name} subtracts `base` or "
                     "`unaligned` from the aligned model. Name the model before its alignment, or "
                     f"leave {' and '.join(projected)} out"
                 )
@@ -286,6 +322,24 @@ class Study(Frozen):
                         f"models.{name}: `base` is missing: {setting} reads the difference of the "
                         "aligned model and `base` or `unaligned`. Name the model before its "
                         f"alignment, or leave {axis} out"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _defences_have_their_models(self) -> Self:
+        for defence in self.used_defences if self.defences else ():
+            for name, model in self.models.items():
+                if defence.reads_models and model.base is None and model.unaligned is None:
+                    raise ValueError(
+                        f"models.{name}: `base` is missing: defences.{defence.name} compares it, "
+                        "or `unaligned`, with the aligned model. Name the model before its "
+                        f"alignment, or leave {defence.name} out"
+                    )
+                reads_safety = defence.method is not None and defence.method.reads_safety
+                if reads_safety and model.safety is None:
+                    raise ValueError(
+                        f"models.{name}: `safety` is missing: defences.{defence.name} merges with "
+                        "a safety adapter. Give its `path` or `hub`"
                     )
         return self
 
@@ -330,11 +384,45 @@ class Study(Frozen):
         }
         return {part: settings for part, settings in own.items() if settings is not None}
 
+    @property
+    def used_defences(self) -> tuple[Defence, ...]:
+        """The defences of the points, no defence first; Safe LoRA alone without `defences`."""
+        if not self.defences:
+            return (SAFE_LORA,)
+        return (DEFENCES[NONE], *(DEFENCES[name] for name in self.defences))
+
+    def defence_specs(self, defence: Defence) -> tuple[Spec, Spec]:
+        """The settings of both stages of a defence, without the values of a point."""
+        return self._defence_specs[defence.name]
+
+    def knobs(self, defence: Defence, values: Mapping[str, AxisValue]) -> dict[str, AxisValue]:
+        """Axis -> value of every knob of a defence, of a point with these values."""
+        return defence.knobs(self.defence_specs(defence)[1], values)
+
+    @cached_property
+    def _defence_specs(self) -> Mapping[str, tuple[Spec, Spec]]:
+        if not self.defences:
+            return {SAFE_LORA.name: (self.project, self.apply)}
+        return {
+            name: specs_of(name, knobs, (model.axes for model in self.models.values()))
+            for name, knobs in {NONE: {}, **self.defences}.items()
+        }
+
+    @property
+    def used_controls(self) -> Controls:
+        """`controls`, or the default: those of a study that names its defences, else none."""
+        if self.controls is not None:
+            return self.controls
+        return Controls() if self.defences else Controls(settings=0)
+
     def fixed(self, model: str, axis: str) -> Any:
         """The value of a setting, written as an axis, that a size does not vary. None for a
         setting of trainings where the study has none.
         """
         part, _, name = axis.partition(".")
+        if self.defences and (defence := owner_of(axis)) is not None:
+            given = self.defences.get(defence.name, {}).get(name)
+            return None if isinstance(given, tuple | Range) else given
         settings = self.settings.get(part)
         if isinstance(settings, TrainSpec):
             settings = self.models[model].train_settings(settings)
@@ -462,12 +550,22 @@ class Study(Frozen):
         the size's own axes, then `adapter`. A point has those of its branch (see `branches`).
         """
         branches = self.branches_of(model)
-        return {axis: values for branch in branches for axis, values in branch.axes.items()}
+        found = {axis: values for branch in branches for axis, values in branch.axes.items()}
+        if self.defences:
+            found[AXIS] = tuple(defence.name for defence in self.used_defences)
+        return found
 
     def branches_of(self, model: str) -> tuple[Branch, ...]:
         adapters = adapters_of(self.adapters, model, list(self.models))
         axes = of_size(self.axes, self.models[model].axes)
-        return tuple(branches_of(model, axes, adapters, self.train is not None))
+        defences = {
+            defence.name: of_size(
+                knob_axes(defence.name, self.defences.get(defence.name, {})),
+                {axis: own for axis, own in self.models[model].axes.items() if defence.owns(axis)},
+            )
+            for defence in (self.used_defences if self.defences else ())
+        }
+        return tuple(branches_of(model, axes, adapters, self.train is not None, defences))
 
     def model_of(self, adapter: str) -> str:
         """The size that an adapter of `adapters` is measured on."""
@@ -573,8 +671,10 @@ _NOT_AXES = {
 }
 
 
-def axis_fields() -> Iterator[str]:
-    """Every Spec field that may be an axis, as `train.rank`."""
+def axis_fields(defences: Sequence[str] = ()) -> Iterator[str]:
+    """Every Spec field that may be an axis, as `train.rank`, and the knobs of these defences."""
+    for defence in map(DEFENCES.__getitem__, defences):
+        yield from map(defence.axis, defence.knob_names)
     for prefix, spec in SETTINGS.items():
         yield from (
             f"{prefix}.{name}" for name in spec.model_fields if f"{prefix}.{name}" not in _NOT_AXES

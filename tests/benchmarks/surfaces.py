@@ -16,12 +16,14 @@ import pandas as pd
 
 from ebbline.cluster.store.artifacts import Store
 from ebbline.sweeps.search.knowledge import CPU_SHARE, Knowledge, Readings, WorkEstimate
-from ebbline.sweeps.search.masks import mask_of, share
+from ebbline.sweeps.search.masks import mask_of
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point, StageName, Value, adapter_of
 from ebbline.sweeps.study.space import space
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.defence import Mask
 from ebbline.tasks.defences.gate import read_rows
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.identity import digest
 from ebbline.tasks.measuring.metrics import Metric
 from ebbline.tasks.specs import ProjectSpec
@@ -158,12 +160,15 @@ class Made(Surface):
     def measured(self, point: Point) -> str:
         """What identifies the measurement of a point: its adapter and mask."""
         cosines = self.knowledge.readings(point) or ()
-        return f"measure {adapter_of(point)} {mask_of(self.study, dict(point.values), cosines)}"
+        return f"measure {adapter_of(point)} {self._mask(point, cosines)}"
+
+    def _mask(self, point: Point, cosines: Readings) -> Mask | None:
+        return mask_of(self.study, SAFE_LORA, dict(point.values), cosines)
 
     def rates(self, point: Point) -> tuple[float, float]:
         values: Any = dict(point.values)
         cosines = self.knowledge.readings(point) or ()
-        taken = share(mask_of(self.study, values, cosines) or (0,), cosines)
+        taken = SAFE_LORA.share(self._mask(point, cosines) or (0,), cosines)
         rank, size = (
             np.log2(values["train.rank"]) / 6,
             np.log(values["data.size"] / 64) / np.log(64),

@@ -25,7 +25,7 @@ from ebbline.analysis.results.wording import measured, metric_label, percent, se
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.points import Result, brought
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.defence import SHARE_COLUMN
 from ebbline.tasks.measuring.metrics import Metric
 
 
@@ -190,7 +190,7 @@ def picked_json(study: Study, found: Pick) -> dict[str, Any]:
         "number": result.number,
         "point": result.point.id,
         "settings": dict(result.point.values),
-        DEFENCE.words.share: result.changed_share,
+        SHARE_COLUMN: result.changed_share,
         "holds": found.holds,
         "picked_among": found.among,
         "maximised": None if found.by_hand else found.maximised,
