@@ -12,6 +12,7 @@ from pathlib import Path
 from ebbline.analysis.figures.drawing import save_pdf, save_png
 from ebbline.analysis.figures.projection import projection_figures
 from ebbline.analysis.report.attempts import LOG, Attempts
+from ebbline.analysis.report.defence_words import control_sentences
 from ebbline.analysis.report.findings import figures_of, findings
 from ebbline.analysis.report.provenance import provenance
 from ebbline.analysis.report.report import write_report
@@ -24,10 +25,13 @@ from ebbline.analysis.results.collect import (
     artifacts_behind,
     baselines,
     costs_before,
+    module_effects,
     projections,
 )
 from ebbline.analysis.results.columns import left_out_line, table_text
 from ebbline.analysis.results.costs import cost_rows, prediction_rows
+from ebbline.analysis.results.defended.beside import Controlled, against_controls
+from ebbline.analysis.results.defended.modules import NO_EFFECTS
 from ebbline.analysis.results.measurements import NO_EVIDENCE, Baselines, Evidence
 from ebbline.analysis.results.no_refusals import no_refusals
 from ebbline.analysis.results.picks.choices import chosen
@@ -107,7 +111,19 @@ def write_outputs(
     artifacts = make("the stages behind the results", lambda: artifacts_behind(view, results)) or []
     cost = make("the costs", lambda: _cost(view, results, artifacts)) or {}
     origin = make("the provenance", lambda: provenance(view, results, artifacts).rows()) or []
-    found = findings(study, results, before, evidence, picked, attempts, importance)
+    changed = make(
+        "what the defences did to each module", lambda: module_effects(study, results, home)
+    )
+    found = findings(
+        study,
+        results,
+        before,
+        evidence,
+        picked,
+        attempts,
+        importance,
+        effects=changed or NO_EFFECTS,
+    )
     drawn = figures_of(found, attempts)
     for name, each in drawn.items():
         saved = make(f"the figure {name}", partial(save_png, each.figure, folder, name))
@@ -138,14 +154,18 @@ def answer_text(
     before: Baselines,
     evidence: Evidence,
     width: int | None,
+    controls: Sequence[Controlled] = (),
 ) -> str:
-    """The report's first sentence and its table of each model, for a terminal `width` columns wide;
-    empty when no model has refusals to compare.
+    """The report's first sentences and its table of each model, for a terminal `width` columns
+    wide; empty when no model has refusals to compare.
     """
     lines = before_after(study, results, before, evidence)
+    against = against_controls(study, results, controls, evidence)
+    compared = control_sentences(study, against)
     sentence = verdict(study, results, lines)
-    if not sentence:
+    if not sentence and not compared:
         return ""
+    sentence = "\n\n".join([*compared, *filter(None, [sentence])])
     cells = answer_cells(study, results, lines)
     columns = list(map(str, cells.columns))
     rows = [list(map(str, row)) for row in cells.itertuples(index=False)]

@@ -1,12 +1,13 @@
 """A study's results with everything computed from them once, for its report and figures."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from matplotlib.figure import Figure
 
 from ebbline.analysis.figures.attainment import attainment_figure
 from ebbline.analysis.figures.before_after import before_after_figure
+from ebbline.analysis.figures.defences import defences_caption, defences_figure, defences_words
 from ebbline.analysis.figures.frontier import frontier_figure
 from ebbline.analysis.figures.importance import importance_figure
 from ebbline.analysis.figures.knob import threshold_figure
@@ -20,6 +21,13 @@ from ebbline.analysis.figures.words import (
 from ebbline.analysis.report.attempts import Attempts
 from ebbline.analysis.results.attainment import Attainment, attainments
 from ebbline.analysis.results.before_after import Line, before_after
+from ebbline.analysis.results.defended.beside import (
+    Against,
+    Controlled,
+    against_controls,
+    against_defences,
+)
+from ebbline.analysis.results.defended.modules import NO_EFFECTS, ModuleEffects
 from ebbline.analysis.results.measurements import (
     NO_EVIDENCE,
     Baselines,
@@ -49,6 +57,9 @@ class Findings:
     attained: Mapping[str, Attainment]
     importance: Mapping[str, Importance]
     picked: Sequence[Result] = ()  # what `ebbline pick` recorded
+    controls: Sequence[Controlled] = ()
+    against: Sequence[Against] = ()  # each defence against its controls, and the other defences
+    effects: ModuleEffects = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,9 +79,12 @@ def findings(
     picked: Sequence[Result] = (),
     attempts: Attempts | None = None,
     importance: Callable[[], dict[str, Importance]] | None = None,
+    controls: Sequence[Controlled] = (),
+    effects: ModuleEffects = NO_EFFECTS,
 ) -> Findings:
     """What is computed from the results. A part that fails is empty, and noted in `attempts`.
-    `importance` returns that of the axes, if something else computes it.
+    `importance` returns that of the axes, if something else computes it. `controls` are the results
+    of controls, and `effects` what the defences did to each module at their operating points.
     """
     make = (attempts or Attempts()).make
     return Findings(
@@ -91,6 +105,16 @@ def findings(
             or {}
         ),
         picked,
+        controls,
+        make(
+            "the comparison with controls",
+            lambda: [
+                *against_controls(study, results, controls, evidence),
+                *against_defences(study, results, evidence),
+            ],
+        )
+        or (),
+        effects,
     )
 
 
@@ -138,6 +162,11 @@ def pictures_of(found: Findings) -> dict[str, FigureToDraw]:
                 " the stars its aligned model before fine-tuning."
                 + (" A ring marks the point that `ebbline pick` chose." if found.picked else "")
             ),
+        ),
+        "defences": FigureToDraw(
+            lambda: defences_figure(results, found.controls, names),
+            lambda: defences_words(results, found.controls, names),
+            lambda: defences_caption(found.controls),
         ),
         "attainment": FigureToDraw(
             lambda: attainment_figure(found.attained, study.objectives),

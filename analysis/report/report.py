@@ -17,6 +17,12 @@ from ebbline.analysis.figures.importance import importance_cells, importance_not
 from ebbline.analysis.figures.projection import Projections, projection_figures
 from ebbline.analysis.report.answer import answer
 from ebbline.analysis.report.attempts import Attempts
+from ebbline.analysis.report.defence_words import (
+    control_notes,
+    control_sentences,
+    norm_note,
+    rival_sentences,
+)
 from ebbline.analysis.report.findings import DrawnFigure, Findings, figures_of
 from ebbline.analysis.report.page import (
     Shown,
@@ -28,8 +34,14 @@ from ebbline.analysis.report.page import (
 )
 from ebbline.analysis.report.provenance import ProvenanceRow
 from ebbline.analysis.report.short_answer import BRACKETS, in_short
-from ebbline.analysis.report.verdict import NO_CONTROL, answer_cells, shown_effects, verdict
+from ebbline.analysis.report.verdict import answer_cells, shown_effects, verdict
 from ebbline.analysis.results.before_after import before_after, before_after_cells, trios
+from ebbline.analysis.results.defended.beside import (
+    Controlled,
+    against_controls,
+    against_defences,
+)
+from ebbline.analysis.results.defended.modules import effect_cells
 from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
 from ebbline.analysis.results.measurements import NO_EVIDENCE, Baselines, Evidence
 from ebbline.analysis.results.tables import (
@@ -96,7 +108,6 @@ def write_report(
         **parts,
         study=study,
         brackets=BRACKETS,
-        no_control=NO_CONTROL,
         notes=notes,
         counts={status: sum(result.status == status for result in results) for status in STATUSES},
         objectives=[directed_label(name) for name in study.objectives],
@@ -132,6 +143,27 @@ def _parts(
             lambda: verdict(study, results, lines),
             "The first sentence could not be made.",
         ),
+        "controlled": (
+            "the sentences on controls",
+            lambda: control_sentences(study, found.against),
+            [],
+        ),
+        "rivals": (
+            "the sentences on several defences",
+            lambda: rival_sentences(study, found.against),
+            [],
+        ),
+        "control_notes": (
+            "the notes on controls",
+            lambda: list(control_notes(study, found.against)),
+            [],
+        ),
+        "effects_table": (
+            "the table of modules",
+            lambda: effect_cells(found.effects),
+            nothing,
+        ),
+        "norm_note": ("the note on norms", lambda: norm_note(study, found.effects), ""),
         "answers": (
             "the table of answers",
             lambda: answer_cells(study, results, lines),
@@ -186,13 +218,26 @@ def _parts(
 
 
 def summary(
-    study: Study, results: Sequence[Result], baselines: Baselines, evidence: Evidence = NO_EVIDENCE
+    study: Study,
+    results: Sequence[Result],
+    baselines: Baselines,
+    evidence: Evidence = NO_EVIDENCE,
+    controls: Sequence[Controlled] = (),
 ) -> dict[str, Any]:
     """The report's content as JSON values, for scripts."""
     lines = before_after(study, results, baselines, evidence)
+    against = [
+        *against_controls(study, results, controls, evidence),
+        *against_defences(study, results, evidence),
+    ]
     return {
         "study": study.study,
         "objectives": list(study.objectives),
+        "controls": {
+            "sentences": control_sentences(study, against),
+            "defences": rival_sentences(study, against),
+            "notes": list(control_notes(study, against)),
+        },
         "verdict": verdict(study, results, lines),
         "effects": dict(shown_effects(study, results, lines)),
         "in_short": in_short(study, results, baselines, lines, evidence),

@@ -8,6 +8,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ebbline.analysis.results.defended.beside import defended
+from ebbline.analysis.results.defended.labels import defence_label
+from ebbline.analysis.results.defended.modules import (
+    ModuleEffect,
+    ModuleEffects,
+    of_file,
+    of_projection,
+)
 from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.measurements import Subject, operating_point, refusal_metric
 from ebbline.analysis.results.statistics import Agreement, SamplesBySeed, pooled_agreement
@@ -28,7 +36,7 @@ from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.defences.gate import ProjectedRows, projected_rows
 from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.measuring.metrics import METRICS, SAMPLES, Metric, read_metrics, read_samples
-from ebbline.tasks.specs import GenerateSpec, ScoreSpec
+from ebbline.tasks.specs import DefendSpec, GenerateSpec, ScoreSpec
 from ebbline.tasks.stage import Stage, closure
 
 
@@ -116,6 +124,31 @@ def projections(
                 label = f"point {result.number} ({settings_label(result.point)})"
                 shown[label] = projected_rows(measured.file, projected.file)
         found[model] = shown
+    return found
+
+
+def module_effects(study: Study, results: Sequence[Result], home: Home) -> ModuleEffects:
+    """What each defence did to the modules at its operating point, of a point's first seed. Empty
+    for a study of Safe LoRA alone without controls, whose figures show it.
+    """
+    refusal, found = refusal_metric(study), dict[str, dict[str, ModuleEffect]]()
+    if refusal is None or (not study.defences and not study.used_controls.settings):
+        return found
+    for model in sorted({result.point.model for result in finished(results)}, key=natural):
+        for name, own in defended(results, model).items():
+            picked = operating_point(study, own, refusal)
+            if picked is None:
+                continue
+            defence, seed = defence_of(picked[0].point), study.seeds[0]
+            measured, made = (
+                home.store.open(kind, picked[0].keys[f"{kind}[seed={seed}]"])
+                for kind in (defence.measures.KIND, defence.makes.KIND)
+            )
+            found[f"{model}, {defence_label(name)}, point {picked[0].number}"] = (
+                of_projection(projected_rows(measured.file, made.file))
+                if defence is SAFE_LORA
+                else of_file(made.file(DefendSpec.EFFECTS))
+            )
     return found
 
 

@@ -1,5 +1,6 @@
 """Defences against their controls and each other: equal numbers of adapters, pairs, and draws."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,9 +16,18 @@ from ebbline.analysis.results.defended.beside import (
     besides,
     defended,
 )
+from ebbline.analysis.results.defended.modules import (
+    ModuleEffect,
+    effect_cells,
+    explained_by_scaling,
+    of_file,
+    of_projection,
+    ratio_range,
+)
 from ebbline.sweeps.dominance import hypervolume
 from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.gate import ModuleRow, ProjectedRows
 from ebbline.tasks.measuring.metrics import Metric, Sample
 from tests.analysis.conftest import REFUSAL, TASK, Held
 
@@ -208,3 +218,37 @@ def test_defences_are_compared_over_the_trainings_that_both_have(made, study: St
     assert found.advantage.trainings == 1 and found.advantage.adapters == 1
     assert found.advantage.difference == pytest.approx(0.1)
     assert [each.number for each in defended(results, "small")["scale"]] == [2]
+
+
+def test_what_scaling_explains_is_that_of_the_definition():
+    rng = np.random.default_rng(0)
+    old, new = rng.normal(size=(5, 4)), 0.3 * rng.normal(size=(5, 4))
+    cosine = float((old * new).sum() / np.linalg.norm(old) / np.linalg.norm(new))
+    ratio = float(np.linalg.norm(new) / np.linalg.norm(old))
+    change = new - old
+    best = (change * old).sum() / (old * old).sum()
+    unexplained = ((change - best * old) ** 2).sum() / (change**2).sum()
+    assert explained_by_scaling(cosine, ratio) == pytest.approx(1 - unexplained)
+    assert explained_by_scaling(1.0, 1.0) is None
+    assert explained_by_scaling(1.0, 0.2) == pytest.approx(1.0)
+
+
+def test_the_table_of_modules_has_the_changed_ones_by_type(tmp_path):
+    rows = {
+        "layers.0.q_proj": ModuleRow(0.3, 0.05),
+        "layers.1.q_proj": ModuleRow(0.5, 0.15),
+        "layers.1.v_proj": ModuleRow(0.9, 0.2),
+    }
+    chosen = frozenset({"layers.0.q_proj", "layers.1.q_proj"})
+    effects = {"point 3": of_projection(ProjectedRows(rows, chosen))}
+    (row,) = effect_cells(effects).to_dict("records")
+    assert (row["module type"], row["changed"]) == ("q_proj", "2")
+    assert row["cosine"] == "0.40 [0.30, 0.50]" and row["norm ratio"] == "0.100 [0.050, 0.150]"
+    assert ratio_range(effects) == (0.05, 0.15)
+    effect = {"cosine": 0.1, "norm_ratio": 0.5, "change_explained": 0.9, "norm_before": 1.0}
+    (tmp_path / "effects.json").write_text(
+        json.dumps(
+            {"a": {"changed": True, "effect": effect}, "b": {"changed": False, "effect": effect}}
+        )
+    )
+    assert of_file(tmp_path / "effects.json") == {"a": ModuleEffect(0.1, 0.5, 0.9)}
