@@ -132,6 +132,16 @@ def pick(
             show_default=False,
         ),
     ] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Of several defences, prefer the simplest whose metric is at most this much "
+            "lower. Default: 0.02.",
+            show_default=False,
+        ),
+    ] = None,
     point: Annotated[
         int | None,
         typer.Option(help="Use this point instead of the best one.", show_default=False),
@@ -159,10 +169,20 @@ def pick(
     """Find the point to ship: the most useful one that holds the floor, and how sure that is. Exit
     code 1 when no point does.
     """
+    from ebbline.analysis.results.picks.simplest import MARGIN
     from ebbline.commands.pick import PickOptions, pick_study
     from ebbline.sweeps.study.view import StudyView
 
-    options = PickOptions(tuple(floor or ()), maximise, model, point, confidence, seed, with_base)
+    options = PickOptions(
+        tuple(floor or ()),
+        maximise,
+        model,
+        point,
+        confidence,
+        MARGIN if margin is None else margin,
+        seed,
+        with_base,
+    )
     raise typer.Exit(pick_study(StudyView.open(home, study), options, export, as_json))
 
 

@@ -47,7 +47,7 @@ def defences_figure(
     rows = -(-len(arms) // columns)
     with style(page):
         figure = Figure(
-            figsize=page.size((1.0 + 3.4 * columns, 0.8 + 3.2 * rows), 2.6 * rows),
+            figsize=page.size((max(6.4, 1.0 + 3.4 * columns), 0.8 + 3.4 * rows), 2.6 * rows),
             layout="constrained",
         )
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
@@ -67,7 +67,7 @@ def defences_figure(
         figure.legend(
             handles=_legend(appearance, signs, page),
             loc="outside lower center",
-            ncols=2 if page.narrow else 3,
+            ncols=2 if page.narrow or columns == 1 else 3,
         )
     return figure
 

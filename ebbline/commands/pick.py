@@ -25,9 +25,11 @@ from ebbline.analysis.results.picks.picked import (
     missed_by,
     named,
     picked_json,
+    preferred,
     too_low,
     values_of_pick,
 )
+from ebbline.analysis.results.picks.simplest import MARGIN
 from ebbline.analysis.results.wording import measured, metric_label, natural
 from ebbline.shipping import ship
 from ebbline.sweeps.state.replicates import seeds_of
@@ -51,6 +53,7 @@ class PickOptions:
     model: str | None = None
     point: int | None = None
     confidence: float | None = None
+    margin: float = MARGIN
     seed: int | None = None
     with_base: bool = False
 
@@ -75,7 +78,14 @@ def pick_study(view: StudyView, options: PickOptions, to: Path | None, as_json: 
         model: [result for result in done if result.point.model == model] for model in models
     }
     found_by_model = {
-        model: pick(own, floors, maximised, options.confidence, options.point)
+        model: pick(
+            own,
+            floors,
+            maximised,
+            options.confidence,
+            options.point,
+            options.margin if study.defences else None,
+        )
         for model, own in by_model.items()
     }
     picks = {model: found for model, found in found_by_model.items() if found is not None}
@@ -345,6 +355,8 @@ def _print_picks(
             gain = gains[model]
             if gain is not None and not gain.is_one:
                 print(f"  {gain}")
+            if (preference := preferred(picks[model])) is not None:
+                print(f"  {preference}")
             for line in lines_of(study, picks[model]):
                 print(f"  {line}")
             if hint and picks[model].holds and not too_low(study, picks[model]):
@@ -360,7 +372,7 @@ def _verdict(found: Pick, options: PickOptions) -> str:
     if found.holds:
         rank = (
             f", the one with most {metric_label(found.maximised)}"
-            if found.maximised and options.point is None
+            if found.maximised and options.point is None and found.instead_of is None
             else ""
         )
         return f"{named(found.result)}{rank}"

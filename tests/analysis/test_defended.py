@@ -24,6 +24,8 @@ from ebbline.analysis.results.defended.modules import (
     of_projection,
     ratio_range,
 )
+from ebbline.analysis.results.picks.floors import Floor, pick
+from ebbline.analysis.results.picks.picked import preferred
 from ebbline.sweeps.dominance import hypervolume
 from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.study import Study
@@ -252,3 +254,26 @@ def test_the_table_of_modules_has_the_changed_ones_by_type(tmp_path):
         )
     )
     assert of_file(tmp_path / "effects.json") == {"a": ModuleEffect(0.1, 0.5, 0.9)}
+
+
+def test_a_pick_prefers_the_simplest_defence_within_the_margin_and_says_instead_of_what(made):
+    results = [
+        made.result(1, [95], [60]),
+        made.result(2, [95], [59], "scale"),
+        made.result(3, [95], [60], "drop"),
+        made.result(4, [80], [90], "scale", 0.9),  # it misses the floor
+    ]
+    floors = [Floor(REFUSAL, 0.9)]
+    found = pick(results, floors, TASK, margin=0.02)
+    assert found.result.number == 2 and found.instead_of.number == 1
+    assert preferred(found) == (
+        "preferred to point 1 (threshold=0.5 defence=safe_lora rank=8; 50% of modules projected), "
+        "whose task accuracy is 1.0 points higher: scale is simpler than Safe LoRA, and the margin "
+        "is 2.0 points"
+    )
+    closer = pick(results, floors, TASK, margin=0.005)
+    assert closer.result.number == 3  # drop is simpler than Safe LoRA, and as useful
+    without = pick(results, floors, TASK)
+    assert without.result.number == 1 and without.instead_of is None and preferred(without) is None
+    best = pick(results[1:2], floors, TASK, margin=0.02)
+    assert best.instead_of is None

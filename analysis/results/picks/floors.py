@@ -21,6 +21,7 @@ from functools import lru_cache
 
 from scipy.stats import binom, binomtest
 
+from ebbline.analysis.results.picks.simplest import simplest
 from ebbline.analysis.results.wording import metric_label, percent
 from ebbline.sweeps.study.points import Result, distinct
 from ebbline.tasks.errors import StudyError
@@ -100,7 +101,8 @@ class Pick:
     """A point picked among `among` different points.
 
     It `holds` all floors, or is the nearest to holding them. With `by_hand` the user named it by
-    its number, whether or not it is the best or the nearest.
+    its number, whether or not it is the best or the nearest. `instead_of` is the point with the
+    highest `maximised`, where one with a simpler defence was within `margin` of it.
     """
 
     result: Result
@@ -109,6 +111,8 @@ class Pick:
     floors: tuple[Floor, ...]
     maximised: str | None
     by_hand: bool = False
+    margin: float | None = None
+    instead_of: Result | None = None
 
 
 def pick(
@@ -117,13 +121,15 @@ def pick(
     maximised: str | None,
     confidence: float | None = None,
     number: int | None = None,
+    margin: float | None = None,
 ) -> Pick | None:
     """The finished result with the highest `maximised` among those that hold every floor.
 
     If no result holds them, it is the nearest: the one whose worst miss is the smallest. None
     without a finished result. Projected and unprojected points count alike. With `confidence` the
     bound must hold the floor, corrected for the pick. With `number` that point is picked, whatever
-    its metrics are.
+    its metrics are. With `margin`, of the results that hold and whose `maximised` is at most that
+    much below the highest, only those with the simplest defence count.
 
     Raises StudyError for a `maximised` that is better when lower, and for a result that lacks a
     metric.
@@ -163,7 +169,21 @@ def pick(
         if holding
         else max(offered, key=lambda result: (slacks[result.number], -result.number))
     )
-    return Pick(best, bool(holding), among, tuple(floors), maximised, number is not None)
+    preferred = best
+    if holding and margin is not None and maximised is not None:
+        least = best.metrics[maximised].value - margin - _ROUNDING
+        near = [result for result in holding if result.metrics[maximised].value >= least]
+        preferred = max(simplest(near), key=worth)
+    return Pick(
+        preferred,
+        bool(holding),
+        among,
+        tuple(floors),
+        maximised,
+        number is not None,
+        margin,
+        best if preferred is not best else None,
+    )
 
 
 def slack(

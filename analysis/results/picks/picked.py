@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ebbline.analysis.results.defended.labels import defence_label
 from ebbline.analysis.results.measurements import (
     NO_EVIDENCE,
     Comparison,
@@ -23,9 +24,10 @@ from ebbline.analysis.results.picks.floors import (
 from ebbline.analysis.results.tables import in_points
 from ebbline.analysis.results.wording import measured, metric_label, percent, settings_label
 from ebbline.sweeps.state.replicates import seeds_of
-from ebbline.sweeps.study.points import Result, brought
+from ebbline.sweeps.study.points import Result, brought, defence_of
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.defence import SHARE_COLUMN
+from ebbline.tasks.defences.in_use import NONE
 from ebbline.tasks.measuring.metrics import Metric
 
 
@@ -61,6 +63,23 @@ def values_of_pick(found: Pick) -> str:
     )
     return ", ".join(
         f"{metric_label(name)} {measured(found.result.metrics[name])}" for name in names
+    )
+
+
+def preferred(found: Pick) -> str | None:
+    """Why a simpler defence was picked instead of the most useful point; None where it was not."""
+    if found.instead_of is None or found.maximised is None or found.margin is None:
+        return None
+    name = found.maximised
+    less = found.instead_of.metrics[name].value - found.result.metrics[name].value
+    simple, other = (
+        defence_label(NONE if not each.changed_share else defence_of(each.point).name)
+        for each in (found.result, found.instead_of)
+    )
+    return (
+        f"preferred to {named(found.instead_of)}, whose {metric_label(name)} is "
+        f"{abs(100 * less):.1f} points higher: {simple} is simpler than {other}, and the margin is "
+        f"{100 * found.margin:.1f} points"
     )
 
 
@@ -195,6 +214,8 @@ def picked_json(study: Study, found: Pick) -> dict[str, Any]:
         "picked_among": found.among,
         "maximised": None if found.by_hand else found.maximised,
         "named_by_hand": found.by_hand,
+        "margin_for_simplicity": found.margin,
+        "preferred_to": None if found.instead_of is None else found.instead_of.number,
         "seeds": list(study.seeds[: seeds_of(result)]),
         "floors": floors_json(found.floors, result, found.among),
         "metrics": {
