@@ -27,6 +27,12 @@ from ebbline.analysis.results.collect import (
     projections,
 )
 from ebbline.analysis.results.columns import left_out_line, table_text
+from ebbline.analysis.results.controls.means import (
+    collect_controls,
+    control_notes,
+    controls_frame,
+    write_controls,
+)
 from ebbline.analysis.results.costs import cost_rows, prediction_rows
 from ebbline.analysis.results.measurements import NO_EVIDENCE, Baselines, Evidence
 from ebbline.analysis.results.no_refusals import no_refusals
@@ -104,6 +110,14 @@ def write_outputs(
     )
     if categories is not None:
         paths["categories"] = categories
+    controls = make("the controls", lambda: collect_controls(view, results)) or []
+    if controls:
+        listed = make(
+            "the table of controls",
+            lambda: write_controls(controls_frame(study, controls), folder),
+        )
+        if listed is not None:
+            paths["controls"] = listed
     artifacts = make("the stages behind the results", lambda: artifacts_behind(view, results)) or []
     cost = make("the costs", lambda: _cost(view, results, artifacts)) or {}
     origin = make("the provenance", lambda: provenance(view, results, artifacts).rows()) or []
@@ -118,6 +132,13 @@ def write_outputs(
     notes = [
         *(make("the notes on refusals", lambda: no_refusals(study, before)) or ()),
         *(make("the notes on adapters", lambda: adapter_notes(view, results)) or ()),
+        *(
+            make(
+                "the notes on controls",
+                lambda: list(control_notes(study, results, controls)),
+            )
+            or ()
+        ),
     ]
     report = make(
         "the report",
