@@ -29,6 +29,12 @@ from ebbline.analysis.results.collect import (
     projections,
 )
 from ebbline.analysis.results.columns import left_out_line, table_text
+from ebbline.analysis.results.controls.means import (
+    collect_controls,
+    control_notes,
+    controls_frame,
+    write_controls,
+)
 from ebbline.analysis.results.costs import cost_rows, prediction_rows
 from ebbline.analysis.results.defended.beside import Controlled, against_controls
 from ebbline.analysis.results.defended.modules import NO_EFFECTS
@@ -108,6 +114,14 @@ def write_outputs(
     )
     if categories is not None:
         paths["categories"] = categories
+    controls = make("the controls", lambda: collect_controls(view, results)) or []
+    if controls:
+        listed = make(
+            "the table of controls",
+            lambda: write_controls(controls_frame(study, controls), folder),
+        )
+        if listed is not None:
+            paths["controls"] = listed
     artifacts = make("the stages behind the results", lambda: artifacts_behind(view, results)) or []
     cost = make("the costs", lambda: _cost(view, results, artifacts)) or {}
     origin = make("the provenance", lambda: provenance(view, results, artifacts).rows()) or []
@@ -134,6 +148,13 @@ def write_outputs(
     notes = [
         *(make("the notes on refusals", lambda: no_refusals(study, before)) or ()),
         *(make("the notes on adapters", lambda: adapter_notes(view, results)) or ()),
+        *(
+            make(
+                "the notes on controls",
+                lambda: list(control_notes(study, results, controls)),
+            )
+            or ()
+        ),
     ]
     report = make(
         "the report",

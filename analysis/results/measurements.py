@@ -35,7 +35,6 @@ Baselines = Mapping[str, Mapping[str, Metric]]
 
 Move = Literal["higher", "lower", "not distinguishable"]
 
-USEFULNESS = ("task_accuracy", "rouge_l", "acc_norm", "acc")
 LEVEL = 0.05
 
 Subject = Result | str
@@ -254,4 +253,4 @@ def better_unprojected(study: Study, results: Sequence[Result], refusal: str) ->
 
 def usefulness_metric(study: Study) -> str | None:
     """The first objective that measures usefulness; None if no objective does."""
-    return next((name for name in study.objectives if name.rpartition(".")[2] in USEFULNESS), None)
+    return study.usefulness_metric

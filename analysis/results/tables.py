@@ -5,7 +5,7 @@ Invariant: two runs of a study agree in every column but MEASURED_COLUMNS, howev
 killed and continued.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from ebbline.analysis.results.wording import (
     metric_label,
     natural,
     percent,
+    row_label,
     undecided_label,
 )
 from ebbline.cluster.profile import Profile
@@ -36,6 +37,7 @@ from ebbline.sweeps.study.adapters.branches import ADAPTER
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study, axis_fields
 from ebbline.tasks.defences.defence import SHARE_COLUMN
+from ebbline.tasks.defences.in_use import AXIS, DEFENCES, owns
 from ebbline.tasks.files import write_whole
 from ebbline.tasks.measuring.metrics import Metric
 
@@ -152,7 +154,8 @@ def on_a_frontier(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def frontier_cells(frame: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
-    """The frontiers as cells of text: percent with 95% intervals.
+    """The frontiers as cells of text: percent with 95% intervals. The defences of a study that
+    names them have one column, "safe_lora 0.35".
 
     "*" marks a point on the frontier over all models. `metrics` are the full names of the metrics
     to show (default: all).
@@ -162,10 +165,17 @@ def frontier_cells(frame: pd.DataFrame, metrics: Sequence[str] | None = None) ->
         name.removesuffix("_seed_sd") for name in frame.columns if name.endswith("_seed_sd")
     ]
     metrics = measured if metrics is None else [name for name in metrics if name in measured]
-    axes = [name for name in frame.columns if name in {ADAPTER, *axis_fields()}]
+    several = AXIS in frame.columns
+    axes = [
+        name
+        for name in frame.columns
+        if name in {ADAPTER, *axis_fields()} and not (several and owns(name))
+    ]
     given = rows[ADAPTER].notna() if ADAPTER in axes else pd.Series(False, index=rows.index)
     cells = pd.DataFrame({"point": rows["number"].astype(str), "model": rows["model"].astype(str)})
     cells["overall"] = ["*" if on else "" for on in rows["on_frontier"]]
+    if several:
+        cells[AXIS] = [_defence_of_row(row) for row in rows.to_dict("records")]
     for axis in axes:
         cells[axis_label(axis)] = [
             axis_value_label(axis, None if pd.isna(value) else value, own)
@@ -200,6 +210,17 @@ def in_points(difference: float) -> str:
     return f"{round(100 * difference, 1) + 0.0:+.1f}"
 
 
+def _defence_of_row(row: Mapping[Hashable, Any]) -> str:
+    """The label of a row's defence, from its columns."""
+    defence = DEFENCES[row[AXIS]]
+    own = {
+        str(axis): value
+        for axis, value in row.items()
+        if defence.owns(str(axis)) and not pd.isna(value)
+    }
+    return row_label(defence.name, own)
+
+
 def frontier_text(
     frame: pd.DataFrame, objectives: Sequence[str] = (), width: int | None = None
 ) -> str:
@@ -210,7 +231,8 @@ def frontier_text(
     cells = frontier_cells(frame)
     if cells.empty:
         return "No point has finished, so there is no frontier yet."
-    first = ["point", "model", "overall", *(metric_column(name) for name in objectives)]
+    named = [AXIS] if AXIS in cells.columns else []
+    first = ["point", "model", *named, "overall", *(metric_column(name) for name in objectives)]
     names = [*first, *(name for name in cells.columns if name not in first)]
     table, left_out = table_text(names, cells[names].to_numpy(dtype=str).tolist(), width)
     return "\n".join(

@@ -3,13 +3,13 @@
 import os
 import platform
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from ebbline.sweeps.drive.live import AtWork
 from ebbline.sweeps.study.adapters.branches import ADAPTER
-from ebbline.sweeps.study.points import INVALID, Point, Status, Value
-from ebbline.tasks.defences.in_use import owns
+from ebbline.sweeps.study.points import INVALID, Point, Status, Value, defence_of
+from ebbline.tasks.defences.in_use import AXIS, DEFENCES, owns
 from ebbline.tasks.measuring.metrics import Metric, direction
 
 METRIC_NAMES = {"rouge_l": "ROUGE-L", "acc_norm": "acc_norm"}  # as the field writes them
@@ -51,8 +51,29 @@ def axis_value_label(axis: str, value: Value, is_brought: bool) -> str:
 
 
 def settings_label(point: Point) -> str:
-    """A point's axes without its model: "rank=8 size=100"."""
-    return " ".join(f"{axis_label(axis)}={value_label(value)}" for axis, value in point.values)
+    """A point's axes without its model: "rank=8 size=100". In a study that names defences, the
+    defence comes last: "rank=8 safe_lora 0.35".
+    """
+    named = AXIS in dict(point.values)
+    own = [
+        f"{axis_label(axis)}={value_label(value)}"
+        for axis, value in point.values
+        if not named or not owns(axis)
+    ]
+    return " ".join([*own, *([defence_label(point)] if named else [])])
+
+
+def defence_label(point: Point) -> str:
+    """A point's defence with the values of its axes: "safe_lora 0.35", "drop 0.4 exact"."""
+    defence, values = defence_of(point), dict(point.values)
+    return row_label(defence.name, {axis: values[axis] for axis in values if defence.owns(axis)})
+
+
+def row_label(name: str, knobs: Mapping[str, Value]) -> str:
+    """The label of a defence with these values by axis, the main knob first."""
+    defence = DEFENCES[name]
+    ordered = sorted(knobs, key=lambda axis: (axis != defence.main_knob, axis))
+    return " ".join([name, *(value_label(knobs[axis]) for axis in ordered)])
 
 
 def natural(name: str) -> list[str | float]:

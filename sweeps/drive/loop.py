@@ -15,6 +15,7 @@ from ebbline.cluster.executors.executor import Executor
 from ebbline.cluster.running.nodes import Failure
 from ebbline.cluster.running.runner import Runner
 from ebbline.sweeps.drive.budget_gate import BudgetGate
+from ebbline.sweeps.drive.controls_in_flight import ControlsInFlight
 from ebbline.sweeps.drive.further_seeds import FurtherSeeds
 from ebbline.sweeps.drive.progress import Progress, Watcher
 from ebbline.sweeps.drive.snapshot import Writer, mirrored
@@ -147,6 +148,7 @@ class _Drive:
         self.cached: dict[int, Result] = {}
         self.reloading: list[PointInFlight] = []
         self.further = FurtherSeeds(self.graph, searcher.gave_up())
+        self.controls = ControlsInFlight(self.graph)
         self.rivals, self.duplicates = Rivals(self.study), Duplicates(self.study)
         self.results: dict[int, Result] = {}  # by number, over all seeds so far
         self.unaffordable: PointInFlight | None = None
@@ -188,6 +190,8 @@ class _Drive:
                 if self._tell_ended():
                     continue
                 self._run_further_seeds()
+                if self._run_controls():
+                    continue
             if self._finished():
                 if self.ended is None and not self.exhausted:
                     self._end_with_points()
@@ -224,7 +228,12 @@ class _Drive:
         them takes time.
         """
         if len(self.runner.nodes) >= self.let_go_at:
-            open_points = (*self.in_flight, *self.further.in_flight, *self.reloading)
+            open_points = (
+                *self.in_flight,
+                *self.further.in_flight,
+                *self.reloading,
+                *self.controls.in_flight,
+            )
             needed = [stage for entry in open_points for stage in entry.stages.values()]
             self.graph.forget(self.runner.let_go([*self.baselines, *needed]))
             self.let_go_at = max(LET_GO_AT, LET_GO_GROWTH * len(self.runner.nodes))
@@ -246,7 +255,9 @@ class _Drive:
             None
             if self.runner.draining
             else start_affordable(
-                [*self.further.in_flight, *self.in_flight], self.runner, self.budget_gate.affords
+                [*self.further.in_flight, *self.in_flight, *self.controls.in_flight],
+                self.runner,
+                self.budget_gate.affords,
             )
         )
         while self._may_ask():
@@ -466,6 +477,16 @@ class _Drive:
                 self._keep(self._ended(entry))
         self.further.decide(self.results, self.duplicates, over)
 
+    def _run_controls(self) -> bool:
+        """Run the controls, once all points and further seeds have ended; True when they were just
+        decided.
+        """
+        self.controls.step(self.runner)
+        if self.controls.decided or self._reloads or self.further.in_flight or not self._over():
+            return False
+        self.controls.decide([self.duplicates.marked(each) for each in self.results.values()])
+        return bool(self.controls.in_flight)
+
     def _record_further(self, entry: PointInFlight) -> None:
         """Record a further seed of a point: its new metrics, or that it failed."""
         number, failure = entry.number, entry.failure(self.runner)
@@ -498,6 +519,8 @@ class _Drive:
         return (
             self._over()
             and not (self._reloads or self.further.in_flight)
+            and self.controls.decided
+            and not self.controls.in_flight
             and all(map(self.runner.settled, self.baselines))
         )
 

@@ -33,6 +33,7 @@ from ebbline.sweeps.study.points import (
 from ebbline.sweeps.study.references import Data, DataRef, Hub, Local, ModelRef
 from ebbline.sweeps.study.study import Model, Study
 from ebbline.sweeps.study.suites import blocks_of, stages_of
+from ebbline.tasks.defences.controls.registry import control_named
 from ebbline.tasks.defences.defence import Defence
 from ebbline.tasks.errors import PinError, ProjectionError, StudyError
 from ebbline.tasks.identity import digest
@@ -192,6 +193,43 @@ class StageGraph:
         if defence.method is not None and defence.method.reads_safety:
             inputs["safety"] = _adapter_in({AdapterSpec.KIND: self._safety(point.model)})
         return Stage(self._specs(defence, dict(point.values))[1], inputs)
+
+    def control_stages(self, point: Point, control: str, draw: int | None) -> dict[str, Stage]:
+        """Stage name -> stage, for every replicate of a control of a point's defence."""
+        stages: dict[str, Stage] = {}
+        defence, values = defence_of(point), dict(point.values)
+        for seed in (seeds := own_seeds(self.study.seeds, point)):
+            parts = dict(self._adapter_stages(point, seed))
+            specs = self._specs(defence, values)
+            if control_named(control).rotates:
+                rotated = defence.rotated(specs, self.study.used_controls.draws)
+                given = parts[defence.measures.KIND].inputs
+                inputs = {**given, **self._models(point.model)}
+                parts[rotated.KIND] = Stage(rotated, inputs)
+                measured = parts[rotated.KIND]
+            else:
+                measured = parts[defence.measures.KIND]
+            read: dict[str, Input] = {"adapter": _adapter_in(parts), "measurement": measured}
+            if defence.method is not None and defence.method.reads_safety:
+                read["safety"] = _adapter_in({AdapterSpec.KIND: self._safety(point.model)})
+            made = Stage(defence.controlled(specs, control, draw), read)
+            named = {StageName(name, seed): stage for name, stage in parts.items()}
+            named[StageName(DefendSpec.KIND, seed)] = made
+            named |= self._measured(point, seed, _adapter_in({DefendSpec.KIND: made}))
+            self._place(point.model, named.values())
+            what = control if draw is None else f"{control} {draw}"
+            for name, stage in named.items():
+                stages[sys.intern(str(replace(name, seed=seed)))] = stage
+                own = f" seed={seed}" if len(seeds) > 1 else ""
+                self.labels.setdefault(stage.lineage, f"{name.part} {what} of {point}{own}")
+        return stages
+
+    def _models(self, model: str) -> dict[str, Input]:
+        """The two models that a defence compares; none without a base."""
+        family = self._families[model]
+        if family.unaligned is None:
+            return {}
+        return {"base": family.unaligned, "aligned": family.aligned}
 
     def _specs(self, defence: Defence, values: Mapping[str, Value]) -> tuple[Spec, Spec]:
         """The Specs of a defence's two stages. Raises StudyError for invalid settings."""

@@ -65,6 +65,8 @@ from ebbline.tasks.specs import (
 )
 
 T = TypeVar("T")
+USEFULNESS = ("task_accuracy", "rouge_l", "acc_norm", "acc")
+"""The metrics of usefulness."""
 
 
 def _distinct_files(named: dict[str, T]) -> dict[str, T]:
@@ -628,6 +630,12 @@ class Study(Frozen):
             if suite.measure.kind == "refusal"
         ]
         return next(iter(objectives + suites), None)
+
+    @property
+    def usefulness_metric(self) -> str | None:
+        """The first objective that measures usefulness; None if no objective does."""
+        measured = ((name, name.rpartition(".")[2]) for name in self.objectives)
+        return next((name for name, metric in measured if metric in USEFULNESS), None)
 
     def kind_of(self, stage: str) -> str:
         """The stage kind for a part of a stage name: `train`, `generate:SUITE`, or SUITE for the

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from ebbline.tasks.defences.gate import File, Reading
 from ebbline.tasks.defences.methods.method import Method
-from ebbline.tasks.specs import Spec, TrainSpec
+from ebbline.tasks.specs import DefendSpec, MeasureSpec, Spec, TrainSpec
 
 Setting = None | bool | int | float | str
 Mask = tuple[float, ...]
@@ -98,6 +98,18 @@ class Defence(ABC):
         self, fixed: tuple[Spec, Spec], values: Mapping[str, Setting]
     ) -> tuple[Spec, Spec]:
         """Both Specs with a point's values, by axis. Raises ProjectionError or ValidationError."""
+
+    def controlled(self, specs: tuple[Spec, Spec], control: str, draw: int | None) -> DefendSpec:
+        """The Spec of one of its controls, from the Specs of a point."""
+        second = specs[1]
+        knobs = second.knobs if isinstance(second, DefendSpec) else second.model_dump()
+        return DefendSpec(method=self.name, knobs=knobs, control=control, draw=draw)
+
+    def rotated(self, specs: tuple[Spec, Spec], draws: int) -> MeasureSpec:
+        """The Spec of the stage with the rotated projections, for a control that needs them."""
+        first = specs[0]
+        knobs = first.knobs if isinstance(first, MeasureSpec) else first.model_dump()
+        return MeasureSpec(method=self.name, knobs=knobs, draws=draws)
 
     @abstractmethod
     def checked(self, knob: str, value: Setting) -> None:
