@@ -36,7 +36,7 @@ from ebbline.analysis.results.controls.means import (
     write_controls,
 )
 from ebbline.analysis.results.costs import cost_rows, prediction_rows
-from ebbline.analysis.results.defended.beside import Controlled, against_controls
+from ebbline.analysis.results.defended.beside import against_controls
 from ebbline.analysis.results.defended.modules import NO_EFFECTS
 from ebbline.analysis.results.measurements import NO_EVIDENCE, Baselines, Evidence
 from ebbline.analysis.results.no_refusals import no_refusals
@@ -51,6 +51,7 @@ from ebbline.cluster.store.artifacts import Artifact
 from ebbline.commands.plan import GANTT
 from ebbline.sweeps.forecast.prediction import read_predictions
 from ebbline.sweeps.search.importance import importances
+from ebbline.sweeps.state.controls import ControlResult
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
@@ -136,6 +137,7 @@ def write_outputs(
         picked,
         attempts,
         importance,
+        controls,
         effects=changed or NO_EFFECTS,
     )
     drawn = figures_of(found, attempts)
@@ -175,7 +177,7 @@ def answer_text(
     before: Baselines,
     evidence: Evidence,
     width: int | None,
-    controls: Sequence[Controlled] = (),
+    controls: Sequence[ControlResult] = (),
 ) -> str:
     """The report's first sentences and its table of each model, for a terminal `width` columns
     wide; empty when no model has refusals to compare.

@@ -15,10 +15,11 @@ from matplotlib.ticker import PercentFormatter
 
 from ebbline.analysis.figures.drawing import SCREEN, Page, looks, style
 from ebbline.analysis.figures.frontier import draw_frontier
-from ebbline.analysis.results.defended.beside import Beside, Controlled, besides, defended
+from ebbline.analysis.results.defended.beside import Beside, besides, defended
 from ebbline.analysis.results.defended.labels import defence_label
 from ebbline.analysis.results.frontier import finished, frontier
 from ebbline.analysis.results.wording import directed_label, metric_label, natural, percent
+from ebbline.sweeps.state.controls import ControlResult
 from ebbline.sweeps.study.points import Result
 
 GREY = "0.55"
@@ -28,7 +29,7 @@ ACROSS = 3
 
 def defences_figure(
     results: Sequence[Result],
-    controls: Sequence[Controlled],
+    controls: Sequence[ControlResult],
     names: Sequence[str],
     page: Page = SCREEN,
 ) -> Figure | None:
@@ -132,7 +133,7 @@ def _legend(
 
 
 def defences_words(
-    results: Sequence[Result], controls: Sequence[Controlled], names: Sequence[str]
+    results: Sequence[Result], controls: Sequence[ControlResult], names: Sequence[str]
 ) -> str:
     """The alternative text: each model's defences with their best refusal rates, and its controls.
 
@@ -165,7 +166,7 @@ def defences_words(
     )
 
 
-def defences_caption(controls: Sequence[Controlled]) -> str:
+def defences_caption(controls: Sequence[ControlResult]) -> str:
     text = (
         "Every adapter that a defence changed, with its 95% Wilson intervals. The steps are each "
         "defence's frontier; defences with more adapters have more chances."

@@ -1,17 +1,16 @@
 """Whether the defences of a study do more than their controls, in sentences.
 
 Invariants: a defence keeps more or fewer refusals than another set of adapters only if the 95%
-interval of the difference leaves out 0. A defence without a control of equal norm, and a study that
-ran none, are named.
+interval of the difference leaves out 0. What has no control, or none that was run, is named by
+ebbline.analysis.results.controls.means.control_notes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from ebbline.analysis.report.answer import how_found
-from ebbline.analysis.report.verdict import NO_CONTROL
 from ebbline.analysis.results.defended.advantage import Advantage
 from ebbline.analysis.results.defended.beside import Against
-from ebbline.analysis.results.defended.labels import EQUAL_NORM, control_label, defence_label
+from ebbline.analysis.results.defended.labels import control_label, defence_label
 from ebbline.analysis.results.defended.modules import ModuleEffects, ratio_range
 from ebbline.analysis.results.measurements import Comparison, Move, usefulness_metric
 from ebbline.analysis.results.tables import in_points
@@ -20,10 +19,6 @@ from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.controls.registry import CONTROLS
 from ebbline.tasks.defences.safe_lora import SAFE_LORA
 
-WITHOUT_EQUAL_NORM = {
-    "scale": "scale is one itself",
-    "drop": "the norm of a dropped module is zero",
-}
 KEEPS: dict[Move, str] = {
     "higher": "more refusals than",
     "lower": "fewer refusals than",
@@ -134,31 +129,6 @@ def _how(each: Against, name: str) -> str:
 def _order(name: str) -> int:
     names = [control.name for control in CONTROLS]
     return names.index(name) if name in names else len(names)
-
-
-def control_notes(study: Study, against: Sequence[Against]) -> Iterator[str]:
-    """What the controls of this study cannot say."""
-    if not study.defences and study.controls is None:
-        yield NO_CONTROL
-        return
-    ran = any(each.is_control for each in against)
-    if not study.used_controls.settings:
-        yield (
-            "No control was run"
-            + (": the study turns them off" if study.controls is not None else "")
-            + ", so whether a change of the adapters without regard to alignment would do as much "
-            "is not known."
-        )
-    elif not ran:
-        yield (
-            "No control has been measured yet, so whether a change of the adapters without regard "
-            "to alignment would do as much is not known."
-        )
-    for defence in study.used_defences:
-        if defence.method is None or EQUAL_NORM in defence.method.controls:
-            continue
-        why = WITHOUT_EQUAL_NORM.get(defence.name)
-        yield f"{defence.words.name} has no control of equal norm{f': {why}' if why else ''}."
 
 
 def norm_note(study: Study, named: ModuleEffects) -> str:

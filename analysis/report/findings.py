@@ -23,7 +23,6 @@ from ebbline.analysis.results.attainment import Attainment, attainments
 from ebbline.analysis.results.before_after import Line, before_after
 from ebbline.analysis.results.defended.beside import (
     Against,
-    Controlled,
     against_controls,
     against_defences,
 )
@@ -36,6 +35,7 @@ from ebbline.analysis.results.measurements import (
     usefulness_metric,
 )
 from ebbline.sweeps.search.importance import METHOD, Importance, importances
+from ebbline.sweeps.state.controls import ControlResult
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.safe_lora import SAFE_LORA
@@ -57,7 +57,7 @@ class Findings:
     attained: Mapping[str, Attainment]
     importance: Mapping[str, Importance]
     picked: Sequence[Result] = ()  # what `ebbline pick` recorded
-    controls: Sequence[Controlled] = ()
+    controls: Sequence[ControlResult] = ()
     against: Sequence[Against] = ()  # each defence against its controls, and the other defences
     effects: ModuleEffects = field(default_factory=dict)
 
@@ -79,7 +79,7 @@ def findings(
     picked: Sequence[Result] = (),
     attempts: Attempts | None = None,
     importance: Callable[[], dict[str, Importance]] | None = None,
-    controls: Sequence[Controlled] = (),
+    controls: Sequence[ControlResult] = (),
     effects: ModuleEffects = NO_EFFECTS,
 ) -> Findings:
     """What is computed from the results. A part that fails is empty, and noted in `attempts`.

@@ -18,7 +18,6 @@ from ebbline.analysis.figures.projection import Projections, projection_figures
 from ebbline.analysis.report.answer import answer
 from ebbline.analysis.report.attempts import Attempts
 from ebbline.analysis.report.defence_words import (
-    control_notes,
     control_sentences,
     norm_note,
     rival_sentences,
@@ -34,10 +33,10 @@ from ebbline.analysis.report.page import (
 )
 from ebbline.analysis.report.provenance import ProvenanceRow
 from ebbline.analysis.report.short_answer import BRACKETS, in_short
-from ebbline.analysis.report.verdict import answer_cells, shown_effects, verdict
+from ebbline.analysis.report.verdict import NO_CONTROL, answer_cells, shown_effects, verdict
 from ebbline.analysis.results.before_after import before_after, before_after_cells, trios
+from ebbline.analysis.results.controls.means import control_notes, names_controls
 from ebbline.analysis.results.defended.beside import (
-    Controlled,
     against_controls,
     against_defences,
 )
@@ -61,6 +60,7 @@ from ebbline.analysis.results.wording import (
 )
 from ebbline.sweeps.drive.live import host_names
 from ebbline.sweeps.search.importance import METHOD
+from ebbline.sweeps.state.controls import ControlResult
 from ebbline.sweeps.study.points import STATUSES, Result
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences import words
@@ -108,6 +108,7 @@ def write_report(
         **parts,
         study=study,
         brackets=BRACKETS,
+        no_control="" if names_controls(study) else NO_CONTROL,
         notes=notes,
         counts={status: sum(result.status == status for result in results) for status in STATUSES},
         objectives=[directed_label(name) for name in study.objectives],
@@ -151,11 +152,6 @@ def _parts(
         "rivals": (
             "the sentences on several defences",
             lambda: rival_sentences(study, found.against),
-            [],
-        ),
-        "control_notes": (
-            "the notes on controls",
-            lambda: list(control_notes(study, found.against)),
             [],
         ),
         "effects_table": (
@@ -222,7 +218,7 @@ def summary(
     results: Sequence[Result],
     baselines: Baselines,
     evidence: Evidence = NO_EVIDENCE,
-    controls: Sequence[Controlled] = (),
+    controls: Sequence[ControlResult] = (),
 ) -> dict[str, Any]:
     """The report's content as JSON values, for scripts."""
     lines = before_after(study, results, baselines, evidence)
@@ -236,7 +232,7 @@ def summary(
         "controls": {
             "sentences": control_sentences(study, against),
             "defences": rival_sentences(study, against),
-            "notes": list(control_notes(study, against)),
+            "notes": list(control_notes(study, results, controls)),
         },
         "verdict": verdict(study, results, lines),
         "effects": dict(shown_effects(study, results, lines)),

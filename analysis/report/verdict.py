@@ -19,7 +19,7 @@ from ebbline.sweeps.study.study import Study
 STATES: dict[State, str] = {"aligned": "aligned", "tuned": "fine-tuned", "shipped": "projected"}
 NO_CONTROL = (
     "No control was measured, so whether a change of the adapters without regard to alignment "
-    "would do as much is not known."
+    "would do as much is not known. `controls: true` in the study measures some."
 )
 
 

@@ -16,6 +16,7 @@ from ebbline.analysis.report.attempts import MOST, Attempts
 from ebbline.analysis.report.report import rows_for_scripts
 from ebbline.analysis.report.second_process import second_process
 from ebbline.analysis.results.collect import StoredEvidence, baselines, collect
+from ebbline.analysis.results.controls.means import collect_controls
 from ebbline.analysis.results.costs import cost_label, prediction_label
 from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
 from ebbline.analysis.results.no_refusals import no_refusals
@@ -220,7 +221,12 @@ def _run(
         answer = attempts.make(
             "the answer",
             lambda: answer_text(
-                study, results, baselines(view), StoredEvidence(view), table_width(wide)
+                study,
+                results,
+                baselines(view),
+                StoredEvidence(view),
+                table_width(wide),
+                collect_controls(view, results),
             ),
         )
         if answer:

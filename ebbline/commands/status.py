@@ -14,6 +14,7 @@ from rich.live import Live as Redrawn
 
 from ebbline.analysis.report.report import rows_for_scripts, summary
 from ebbline.analysis.results.collect import StoredEvidence, baselines, collect, costs_before
+from ebbline.analysis.results.controls.means import collect_controls
 from ebbline.analysis.results.costs import cost_label, cost_summary, study_cost
 from ebbline.analysis.results.measurements import Baselines, Evidence
 from ebbline.analysis.results.no_refusals import no_refusals
@@ -26,6 +27,7 @@ from ebbline.outputs import answer_text
 from ebbline.show import Lines, Picture, budgeted, progress_line
 from ebbline.sweeps.drive.live import Live, read_live
 from ebbline.sweeps.forecast.expected import expected_points
+from ebbline.sweeps.state.controls import ControlResult
 from ebbline.sweeps.state.spending import Spent, read_spent
 from ebbline.sweeps.state.stopping import still_met
 from ebbline.sweeps.study.home import Home
@@ -81,16 +83,18 @@ def watch_status(
 
 
 def show_status(view: StudyView, as_json: bool = False, wide: bool = False) -> None:
+    results = collect(view)
     print_status(
         view.study,
         view.home,
-        collect(view),
+        results,
         baselines(view),
         costs_before(view),
         StoredEvidence(view),
         as_json,
         wide,
         view.edited(),
+        collect_controls(view, results),
     )
 
 
@@ -221,6 +225,7 @@ def print_status(
     as_json: bool,
     wide: bool = False,
     edited: Sequence[str] = (),
+    controls: Sequence[ControlResult] = (),
 ) -> None:
     """Print a study's status. `costs` has the cost of measuring the models before fine-tuning, by
     key; `edited` what its file says now that it did not when it was last run.
@@ -242,7 +247,7 @@ def print_status(
                     "cost": cost,
                     "budget": limits,
                     "edited_since": list(edited),
-                    **summary(study, results, before, evidence),
+                    **summary(study, results, before, evidence, controls),
                 },
                 indent=1,
             )
@@ -272,7 +277,7 @@ def print_status(
     print(f"spent: {driven}{f'; the budget: {budget}' if budget else ''}\n")
     frame = results_frame(results, study.objectives)
     print(frontier_text(frame, study.objectives, table_width(wide)))
-    if text := answer_text(study, results, before, evidence, table_width(wide)):
+    if text := answer_text(study, results, before, evidence, table_width(wide), controls):
         print(f"\n{text}")
     for note in no_refusals(study, before):
         print(f"\nnote: {note}")

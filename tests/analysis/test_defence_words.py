@@ -6,18 +6,18 @@ import pytest
 
 from ebbline.analysis.figures.defences import defences_figure, defences_words
 from ebbline.analysis.report.defence_words import (
-    control_notes,
     control_sentences,
     norm_note,
     rival_sentences,
 )
 from ebbline.analysis.report.findings import Findings, findings
 from ebbline.analysis.report.report import summary, write_report
+from ebbline.analysis.results.controls.means import control_notes
 from ebbline.analysis.results.defended.beside import against_controls, against_defences
 from ebbline.analysis.results.defended.modules import ModuleEffect
 from ebbline.sweeps.study.study import Study
 from tests.analysis.conftest import REFUSAL, TASK, Held
-from tests.analysis.test_defended import Control, Made, controls_for
+from tests.analysis.test_defended import Made, control, controls_for
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def with_defences(study: Study, **changes: object) -> Study:
 def test_a_control_that_does_as_much_is_the_first_thing_that_is_said(made, study: Study):
     results = [made.result(n, [96 - n, 95], [40 + 5 * n, 50], knob=n / 10) for n in range(1, 4)]
     equal = [
-        Control(each.partner, "shrink_matched", None, each.result)
+        control(each.of.partner, "shrink_matched", None, each.result)
         for each in controls_for(made, results, 0)[::2]
     ]
     (text,) = control_sentences(study, against_controls(study, results, equal, made.held))
@@ -78,19 +78,18 @@ def test_two_defences_are_compared_in_a_sentence_of_their_own(made, study: Study
     )
 
 
-@pytest.mark.parametrize(
-    ("changes", "note"),
-    [
-        ({}, "No control has been measured yet"),
-        ({"controls": False}, "No control was run: the study turns them off"),
-    ],
-)
-def test_what_no_control_can_say_is_said(study: Study, changes, note):
-    notes = " ".join(control_notes(with_defences(study, **changes), []))
-    assert note in notes
-    assert "scale has no control of equal norm: scale is one itself." in notes
-    assert "drop has no control of equal norm: the norm of a dropped module is zero." in notes
-    assert "Safe LoRA has no control" not in notes
+@pytest.mark.parametrize("controls", [True, False])
+def test_what_has_no_control_is_named(made, study: Study, controls):
+    results = [
+        made.result(1, [90], [50]),
+        made.result(2, [60], [50], "scale"),
+        made.result(3, [60], [50], "drop"),
+    ]
+    notes = " ".join(control_notes(with_defences(study, controls=controls), results, []))
+    assert "scale has no control" in notes
+    assert ("drop has no control of equal norm" in notes) is controls
+    assert ("No control of Safe LoRA was run" in notes) is not controls
+    assert list(control_notes(study, results, [])) == []  # its answer says it once
 
 
 def test_where_norms_are_known_the_report_says_that_c_is_no_projector(study: Study):
@@ -104,7 +103,7 @@ def test_the_figure_has_a_panel_for_each_model_and_grey_controls(made):
         made.result(1, [90], [50]),
         made.result(2, [60], [60], "scale"),
     ]
-    controls = [Control(1, "shrink_matched", None, made.result(101, [80], [50]))]
+    controls = [control(results[0], "shrink_matched", None, made.result(101, [80], [50]))]
     figure = defences_figure(results, controls, (REFUSAL, TASK))
     assert figure is not None
     (axes,) = figure.axes
@@ -146,7 +145,6 @@ def test_the_report_begins_with_the_controls_and_names_every_gap(
     text = write_report(found, tmp_path, {}, []).read_text("utf-8")
     answer = text[text.index('id="answer"') :]
     assert answer.index("At equal task accuracy Safe LoRA keeps") < 200
-    assert "scale has no control of equal norm" in text
     assert "<td>0.95 [0.95, 0.95]</td>" in text and "The approximate C is no projector" in text
     summarised = summary(study, results, {}, made.held, controls)["controls"]
     assert len(summarised["sentences"]) == 1 and summarised["defences"]

@@ -27,6 +27,7 @@ from ebbline.analysis.results.defended.modules import (
 from ebbline.analysis.results.picks.floors import Floor, pick
 from ebbline.analysis.results.picks.picked import preferred
 from ebbline.sweeps.dominance import hypervolume
+from ebbline.sweeps.state.controls import ControlDraw, ControlResult
 from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.gate import ModuleRow, ProjectedRows
@@ -41,12 +42,8 @@ AXES = {
 }
 
 
-@dataclass(frozen=True)
-class Control:
-    partner: int
-    control: str
-    draw: int | None
-    result: Result
+def control(partner: Result, name: str, draw: int | None, result: Result) -> ControlResult:
+    return ControlResult(ControlDraw(partner, name, draw), result)
 
 
 @dataclass
@@ -160,7 +157,7 @@ def test_without_samples_there_is_a_difference_and_no_interval_and_nothing_is_sh
     assert advantage({training: [one]}, {}, REFUSAL, TASK, made.held) is None
 
 
-def controls_for(made: Made, partners: Sequence[Result], less: int) -> list[Control]:
+def controls_for(made: Made, partners: Sequence[Result], less: int) -> list[ControlResult]:
     """Two draws of a control beside each partner, with fewer refusals."""
     found = []
     for partner in partners:
@@ -172,7 +169,7 @@ def controls_for(made: Made, partners: Sequence[Result], less: int) -> list[Cont
                 [count - less - draw for count in refusals],
                 tasks,
             )
-            found.append(Control(partner.number, "random_modules", draw, result))
+            found.append(control(partner, "random_modules", draw, result))
     return found
 
 
@@ -267,7 +264,7 @@ def test_a_pick_prefers_the_simplest_defence_within_the_margin_and_says_instead_
     found = pick(results, floors, TASK, margin=0.02)
     assert found.result.number == 2 and found.instead_of.number == 1
     assert preferred(found) == (
-        "preferred to point 1 (threshold=0.5 defence=safe_lora rank=8; 50% of modules projected), "
+        "preferred to point 1 (rank=8 safe_lora 0.5; 50% of modules projected), "
         "whose task accuracy is 1.0 points higher: scale is simpler than Safe LoRA, and the margin "
         "is 2.0 points"
     )

@@ -102,6 +102,11 @@ def write_controls(frame: pd.DataFrame, folder: Path) -> Path:
     )
 
 
+def names_controls(study: Study) -> bool:
+    """Whether a study says which controls it wants, or names the defences that have some."""
+    return bool(study.defences) or study.controls is not None
+
+
 def control_notes(
     study: Study, results: Sequence[Result], controls: Sequence[ControlResult]
 ) -> Iterator[str]:
@@ -113,6 +118,8 @@ def control_notes(
             continue
         if not controls_of(method):
             yield f"{defence.words.name} has no control: it has neither a gate nor a projector."
+        elif not names_controls(study):
+            continue  # the answer says that no control was measured
         elif not study.used_controls.settings:
             yield (
                 f"No control of {defence.words.name} was run, so nothing here says whether it does "

@@ -7,7 +7,6 @@ adapter of that defence.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from ebbline.analysis.results.defended.advantage import Advantage, advantage
 from ebbline.analysis.results.frontier import finished
@@ -18,27 +17,14 @@ from ebbline.analysis.results.measurements import (
     compared,
     is_projected,
     measurement,
-    operating_point,
     refusal_metric,
     usefulness_metric,
 )
 from ebbline.analysis.results.wording import natural
+from ebbline.sweeps.state.controls import ControlResult, operating_points
 from ebbline.sweeps.study.points import Point, Result, defence_of, distinct, training_of
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.measuring.metrics import Metric, pooled
-
-
-class Controlled(Protocol):
-    """The result of a control: of the point `partner`, by the control's name and draw."""
-
-    @property
-    def partner(self) -> int: ...
-    @property
-    def control(self) -> str: ...
-    @property
-    def draw(self) -> int | None: ...
-    @property
-    def result(self) -> Result: ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +58,7 @@ class Against:
     at_point: Mapping[str, Comparison] = field(default_factory=dict)
 
 
-def besides(results: Sequence[Result], controls: Sequence[Controlled]) -> list[Beside]:
+def besides(results: Sequence[Result], controls: Sequence[ControlResult]) -> list[Beside]:
     """Every control beside its defence, by model, defence and control.
 
     A setting without all draws of a control is left out of it.
@@ -80,10 +66,11 @@ def besides(results: Sequence[Result], controls: Sequence[Controlled]) -> list[B
     done = {result.number: result for result in finished(results)}
     found: dict[tuple[str, str, str], dict[int, dict[int, Result]]] = {}
     for each in controls:
-        partner = done.get(each.partner)
+        partner = done.get(each.of.partner.number)
         if partner is not None and each.result.status == "done":
-            name = partner.point.model, defence_of(partner.point).name, each.control
-            found.setdefault(name, {}).setdefault(each.partner, {})[each.draw or 0] = each.result
+            name = partner.point.model, defence_of(partner.point).name, each.of.control
+            own = found.setdefault(name, {}).setdefault(partner.number, {})
+            own[each.of.draw or 0] = each.result
     listed = []
     for (model, defence, control), settings in found.items():
         draws = sorted({draw for own in settings.values() for draw in own})
@@ -101,7 +88,7 @@ def besides(results: Sequence[Result], controls: Sequence[Controlled]) -> list[B
 def against_controls(
     study: Study,
     results: Sequence[Result],
-    controls: Sequence[Controlled],
+    controls: Sequence[ControlResult],
     evidence: Evidence,
 ) -> list[Against]:
     """Each defence against each of its controls.
@@ -113,15 +100,12 @@ def against_controls(
         return []
     names = [name for name in (refusal, useful) if name is not None]
     listed = besides(results, controls)
-    points = {
-        (each.model, each.defence): _operating_point(study, results, each, refusal)
-        for each in listed
-    }
+    points = operating_points(study, results)
     places = [
         (each, name, point)
         for each in listed
         for name in names
-        if (point := points[each.model, each.defence]) in each.partners and point is not None
+        if (point := points.get((each.model, each.defence))) is not None and point in each.partners
     ]
     comparisons = compared([_pair(each, point, name, evidence) for each, name, point in places])
     at_points: dict[tuple[str, str, str], dict[str, Comparison]] = {}
@@ -142,7 +126,7 @@ def against_controls(
                 useful,
                 evidence,
             ),
-            points[each.model, each.defence],
+            points.get((each.model, each.defence)),
             at_points.get((each.model, each.defence, each.control), {}),
         )
         for each in listed
@@ -193,14 +177,6 @@ def _draws_by_training(each: Beside) -> dict[Point, list[list[Result]]]:
         training: [[draw[place[partner.number]] for partner in own] for draw in each.draws]
         for training, own in rows.items()
     }
-
-
-def _operating_point(
-    study: Study, results: Sequence[Result], each: Beside, refusal: str
-) -> Result | None:
-    own = defended(results, each.model).get(each.defence, [])
-    found = operating_point(study, own, refusal)
-    return None if found is None else found[0]
 
 
 def _pair(
