@@ -18,7 +18,9 @@ from ebbline.cluster.schedule.simulate import SimulatedExecutor
 from ebbline.cluster.store.artifacts import Store
 from ebbline.cluster.store.follow_ups import requests_after
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.controls.registry import control_named
 from ebbline.tasks.defences.gate import ModuleRow, chosen, read_rows, write_rows
+from ebbline.tasks.defences.methods.registry import method_named
 from ebbline.tasks.identity import content_digest
 from ebbline.tasks.kinds import parsed_spec, request_payload
 from ebbline.tasks.measuring.metrics import Metric, write_metrics, write_samples
@@ -26,8 +28,10 @@ from ebbline.tasks.specs import (
     AdapterSpec,
     ApplySpec,
     DataSpec,
+    DefendSpec,
     GenerateSpec,
     LanguageSpec,
+    MeasureSpec,
     OrganismSpec,
     ProjectSpec,
     ScoreSpec,
@@ -132,7 +136,7 @@ def pretend(request: Request, out: Path) -> None:
             (out / spec.ADAPTER / "adapter").write_text(
                 json.dumps({"key": request.contents["source"], "strength": 0.6, "seed": 0})
             )
-        case ProjectSpec():
+        case ProjectSpec() | MeasureSpec():
             rng = random.Random(inputs["adapter"].joinpath("adapter").read_text())
             write_rows(
                 {name: ModuleRow(round(rng.uniform(0.1, 0.8), 4), 1.0) for name in MODULES},
@@ -149,6 +153,20 @@ def pretend(request: Request, out: Path) -> None:
                 )
             )
             (out / spec.CHOSEN).write_text(json.dumps(sorted(projected)))
+        case DefendSpec():
+            rows = read_rows(inputs["measurement"] / ProjectSpec.COSINES)
+            method = method_named(spec.method)
+            taken = method.chosen(rows, spec.knobs)
+            if spec.control is not None:
+                taken = control_named(spec.control).chosen(taken, rows, spec.draw or 0)
+            adapter = json.loads((inputs["adapter"] / "adapter").read_text())
+            share = len(taken) / len(MODULES) * method.strength(spec.knobs)
+            (out / spec.ADAPTER).mkdir()
+            (out / spec.ADAPTER / "adapter").write_text(
+                json.dumps({**adapter, "share": share, "taken": sorted(taken)})
+            )
+            (out / spec.ADAPTER / spec.CHOSEN).write_text(json.dumps(sorted(taken)))
+            (out / spec.EFFECTS).write_text("{}")
         case GenerateSpec():
             adapter = inputs.get("adapter")
             adapter_state = (
