@@ -7,12 +7,13 @@ ebbline.analysis.results.controls.means.control_notes.
 
 from collections.abc import Sequence
 
-from ebbline.analysis.report.answer import how_found
+import pandas as pd
+
 from ebbline.analysis.results.defended.advantage import Advantage
 from ebbline.analysis.results.defended.beside import Against
 from ebbline.analysis.results.defended.labels import control_label, defence_label
 from ebbline.analysis.results.defended.modules import ModuleEffects, ratio_range
-from ebbline.analysis.results.measurements import Comparison, Move, usefulness_metric
+from ebbline.analysis.results.measurements import Move, refusal_metric, usefulness_metric
 from ebbline.analysis.results.tables import in_points
 from ebbline.analysis.results.wording import metric_label
 from ebbline.sweeps.study.study import Study
@@ -22,68 +23,71 @@ from ebbline.tasks.defences.safe_lora import SAFE_LORA
 KEEPS: dict[Move, str] = {
     "higher": "more refusals than",
     "lower": "fewer refusals than",
-    "not distinguishable": "neither measurably more nor measurably fewer refusals than",
+    "not distinguishable": "not measurably more or fewer refusals than",
 }
+MOVES: tuple[Move, ...] = ("higher", "lower", "not distinguishable")
 
 
 def control_sentences(study: Study, against: Sequence[Against]) -> list[str]:
-    """A sentence for each defence with controls: equal usefulness, then its operating points."""
+    """A sentence for each defence and control: at equal usefulness, then at operating points. The
+    control of equal norm comes first.
+    """
     useful, sentences = usefulness_metric(study), []
-    for defence in dict.fromkeys(each.defence for each in against if each.is_control):
-        own = [each for each in against if each.is_control and each.defence == defence]
-        controls = sorted({each.other for each in own}, key=_order)
-        name, parts = defence_label(defence), []
-        if useful is not None and any(each.advantage for each in own):
-            kept = [_kept([each for each in own if each.other == control]) for control in controls]
-            parts.append(
-                f"at equal {metric_label(useful)} {name} keeps {', and '.join(filter(None, kept))}"
-            )
-        at_points = [
-            _at_point([each for each in own if each.other == control]) for control in controls
-        ]
-        if any(at_points):
-            parts.append(f"at its operating point {'; '.join(filter(None, at_points))}")
-        if parts:
-            text = "; ".join(parts)
-            sentences.append(f"{text[0].upper()}{text[1:]}.")
+    own = [each for each in against if each.is_control]
+    for defence in dict.fromkeys(each.defence for each in own):
+        controls = {each.other for each in own if each.defence == defence}
+        for control in sorted(controls, key=_order):
+            pairs = [each for each in own if (each.defence, each.other) == (defence, control)]
+            parts = []
+            found = [each.advantage for each in pairs if each.advantage is not None]
+            if useful is not None and found:
+                parts.append(
+                    f"at equal {metric_label(useful)} {defence_label(defence)} keeps "
+                    f"{_kept(found, control_label(control))}"
+                )
+            if any(each.at_point for each in pairs):
+                than = "" if parts else f" against {control_label(control)}"
+                at = "point" if len(pairs) == 1 else "points"
+                whose = "its" if parts else f"{defence_label(defence)}'s"
+                parts.append(f"at {whose} operating {at}{than} {_at_points(pairs)}")
+            if parts:
+                text = "; ".join(parts)
+                sentences.append(f"{text[0].upper()}{text[1:]}.")
     return sentences
 
 
 def rival_sentences(study: Study, against: Sequence[Against]) -> list[str]:
-    """A sentence for each pair of defences and model, over equally many distinct adapters."""
-    useful = usefulness_metric(study)
-    return [
-        f"{each.model}: at equal {metric_label(useful)} {defence_label(each.defence)} keeps "
-        f"{KEEPS[each.advantage.move]} {defence_label(each.other)}{_numbers(each.advantage)}."
-        for each in against
-        if not each.is_control and each.advantage is not None and useful is not None
-    ]
+    """A sentence for each pair of defences, over equally many distinct adapters."""
+    useful, sentences = usefulness_metric(study), []
+    rivals = [each for each in against if not each.is_control]
+    for one, other in dict.fromkeys((each.defence, each.other) for each in rivals):
+        found = [
+            each.advantage
+            for each in rivals
+            if (each.defence, each.other) == (one, other) and each.advantage is not None
+        ]
+        if found and useful is not None:
+            sentences.append(
+                f"At equal {metric_label(useful)} {defence_label(one)} keeps "
+                f"{_kept(found, defence_label(other))}."
+            )
+    return sentences
 
 
-def _kept(own: Sequence[Against]) -> str:
-    """How one control compares at equal usefulness, over the models."""
-    found = [each.advantage for each in own if each.advantage is not None]
-    if not found:
-        return ""
-    control = control_label(own[0].other)
+def _kept(found: Sequence[Advantage], other: str) -> str:
+    """How a defence compares at equal usefulness: the numbers of one model, or counts of models."""
     if len(found) == 1:
-        return f"{KEEPS[found[0].move]} {control}{_numbers(found[0])}"
-    moves: tuple[Move, ...] = ("higher", "lower", "not distinguishable")
-    counts = [(move, sum(each.move == move for each in found)) for move in moves]
+        return f"{KEEPS[found[0].move]} {other}{_numbers(found[0])}"
+    counts = [(move, sum(each.move == move for each in found)) for move in MOVES]
     of = len(found)
-    if max(count for _, count in counts) == of:
-        move = max(counts, key=lambda each: each[1])[0]
-        return f"{KEEPS[move]} {control} at all {of} models"
-    listed = ", ".join(f"{KEEPS[move]} it at {count} of {of}" for move, count in counts if count)
-    return f"against {control}: {listed} models"
+    for move, count in counts:
+        if count == of:
+            return f"{KEEPS[move]} {other} at all {of} models"
+    more, fewer = counts[0][1], counts[1][1]
+    return f"more refusals than {other} at {more} and fewer at {fewer} of {of} models"
 
 
 def _numbers(found: Advantage) -> str:
-    interval = (
-        "its interval is not known"
-        if found.interval is None
-        else f"95% interval {in_points(found.interval[0])} to {in_points(found.interval[1])}"
-    )
     draws = (
         f"; {len(found.by_draw)} draws, {in_points(min(found.by_draw))} to "
         f"{in_points(max(found.by_draw))}"
@@ -91,39 +95,71 @@ def _numbers(found: Advantage) -> str:
         else ""
     )
     adapters = f"{found.adapters} adapter{'s' if found.adapters > 1 else ''} of each"
-    return f" ({in_points(found.difference)} points, {interval}; {adapters}{draws})"
+    return f" ({_points(found.difference, found.interval)}; {adapters}{draws})"
 
 
-def _at_point(own: Sequence[Against]) -> str:
-    """How one control compares at the operating points: by metric, with numbers for one model."""
-    found = [each for each in own if each.at_point]
-    if not found:
-        return ""
+def _points(difference: float, interval: tuple[float, float] | None) -> str:
+    known = (
+        "its interval is not known"
+        if interval is None
+        else f"95% interval {in_points(interval[0])} to {in_points(interval[1])}"
+    )
+    return f"{in_points(difference)} points, {known}"
+
+
+def _at_points(pairs: Sequence[Against]) -> str:
+    """How a control compares at the operating points: with numbers for one model."""
+    found = [each for each in pairs if each.at_point]
     names = list(found[0].at_point)
-    control = control_label(own[0].other)
     if len(found) == 1:
-        parts = [
-            f"{metric_label(name)} is {_than(found[0].at_point[name])}{_how(found[0], name)}"
+        compared = found[0].at_point
+        return " and ".join(
+            f"{metric_label(name)} is {compared[name].move} "
+            f"({_points(compared[name].difference, compared[name].interval)})"
             for name in names
-        ]
-        return f"{' and '.join(parts)} {control}"
+        )
     parts = []
     for name in names:
         moves = [each.at_point[name].move for each in found]
-        higher, lower = moves.count("higher"), moves.count("lower")
-        parts.append(f"{metric_label(name)} is higher at {higher} and lower at {lower}")
-    return f"{' and '.join(parts)} of {len(found)} models than with {control}"
+        parts.append(
+            f"{metric_label(name)} is higher at {moves.count('higher')} and lower at "
+            f"{moves.count('lower')} of {len(found)}"
+        )
+    return " and ".join(parts)
 
 
-def _than(comparison: Comparison) -> str:
-    if comparison.move == "not distinguishable":
-        return "not distinguishable from that of"
-    return f"{comparison.move} than with"
+def against_cells(study: Study, against: Sequence[Against]) -> pd.DataFrame:
+    """A row for each model, defence and what it is compared with: differences in points."""
+    refusal, useful = refusal_metric(study), usefulness_metric(study)
+    names = [name for name in (refusal, useful) if name is not None]
+    rows = [
+        [
+            each.model,
+            defence_label(each.defence),
+            control_label(each.other) if each.is_control else defence_label(each.other),
+            ""
+            if each.advantage is None
+            else _cell(each.advantage.difference, each.advantage.interval),
+            "" if each.advantage is None else str(each.advantage.adapters),
+            "" if each.point is None or not each.at_point else str(each.point.number),
+            *(
+                _cell(each.at_point[name].difference, each.at_point[name].interval)
+                if name in each.at_point
+                else ""
+                for name in names
+            ),
+        ]
+        for each in against
+    ]
+    equal = "" if useful is None else f"refusals at equal {metric_label(useful)}"
+    columns = ["model", "defence", "against", equal, "adapters of each", "operating point"]
+    return pd.DataFrame(rows, columns=[*columns, *map(metric_label, names)])
 
 
-def _how(each: Against, name: str) -> str:
-    how = how_found([each.at_point[name]])
-    return f" ({how})" if how else ""
+def _cell(difference: float, interval: tuple[float, float] | None) -> str:
+    if interval is None:
+        return in_points(difference)
+    return f"{in_points(difference)} [{in_points(interval[0])}, {in_points(interval[1])}]"
 
 
 def _order(name: str) -> int:

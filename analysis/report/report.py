@@ -18,6 +18,7 @@ from ebbline.analysis.figures.projection import Projections, projection_figures
 from ebbline.analysis.report.answer import answer
 from ebbline.analysis.report.attempts import Attempts
 from ebbline.analysis.report.defence_words import (
+    against_cells,
     control_sentences,
     norm_note,
     rival_sentences,
@@ -40,6 +41,7 @@ from ebbline.analysis.results.defended.beside import (
     against_controls,
     against_defences,
 )
+from ebbline.analysis.results.defended.labels import CONTROLS_EXPLAINED
 from ebbline.analysis.results.defended.modules import effect_cells
 from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
 from ebbline.analysis.results.measurements import NO_EVIDENCE, Baselines, Evidence
@@ -108,6 +110,7 @@ def write_report(
         **parts,
         study=study,
         brackets=BRACKETS,
+        controls_explained=CONTROLS_EXPLAINED,
         no_control="" if names_controls(study) else NO_CONTROL,
         notes=notes,
         counts={status: sum(result.status == status for result in results) for status in STATUSES},
@@ -153,6 +156,11 @@ def _parts(
             "the sentences on several defences",
             lambda: rival_sentences(study, found.against),
             [],
+        ),
+        "against": (
+            "the table of comparisons with controls",
+            lambda: against_cells(study, found.against),
+            nothing,
         ),
         "effects_table": (
             "the table of modules",

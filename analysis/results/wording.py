@@ -11,6 +11,7 @@ from ebbline.sweeps.study.adapters.branches import ADAPTER
 from ebbline.sweeps.study.points import INVALID, Point, Status, Value, defence_of
 from ebbline.tasks.defences.in_use import AXIS, DEFENCES, owns
 from ebbline.tasks.measuring.metrics import Metric, direction
+from ebbline.tasks.specs import LoxSpec
 
 METRIC_NAMES = {"rouge_l": "ROUGE-L", "acc_norm": "acc_norm"}  # as the field writes them
 NO_RESULT: tuple[Status, ...] = ("failed", "invalid", "skipped", "outdated")
@@ -30,8 +31,11 @@ def directed_label(name: str) -> str:
 
 
 def axis_label(axis: str) -> str:
-    """`train.rank` -> "rank"; the last parts of a study's axes are unique."""
-    return axis.rpartition(".")[2]
+    """`train.rank` -> "rank", `scale.factor` -> "scale factor". The labels of a study's axes are
+    unique: several defences, and LoX, may have a knob of one name.
+    """
+    part, _, name = axis.rpartition(".")
+    return f"{part} {name}" if part in DEFENCES or part == LoxSpec.KIND else name
 
 
 def value_label(value: Value) -> str:

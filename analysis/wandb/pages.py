@@ -105,8 +105,11 @@ def _point_page(
     """A point's run. Its config holds only the settings, as W&B's parameter importance needs."""
     config: dict[str, Any] = {"model": result.point.model}
     for axis, value in result.point.values:
-        part, _, name = axis.partition(".")
-        config.setdefault(part, {})[name] = value
+        part, dot, name = axis.partition(".")
+        if dot:
+            config.setdefault(part, {})[name] = value
+        else:  # `defence` and `adapter` are no setting of a stage
+            config[axis] = value
     cost = total(result.costs.values())
     summary: dict[str, Any] = {
         "point": result.number,

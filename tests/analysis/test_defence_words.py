@@ -1,11 +1,14 @@
 """What a report says of defences and controls: numbers decide the words, and gaps are named."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ebbline.analysis.figures.defences import defences_figure, defences_words
 from ebbline.analysis.report.defence_words import (
+    against_cells,
     control_sentences,
     norm_note,
     rival_sentences,
@@ -48,12 +51,14 @@ def test_a_control_that_does_as_much_is_the_first_thing_that_is_said(made, study
         for each in controls_for(made, results, 0)[::2]
     ]
     (text,) = control_sentences(study, against_controls(study, results, equal, made.held))
-    assert text.startswith(
-        "At equal task accuracy Safe LoRA keeps neither measurably more nor measurably fewer "
-        "refusals than shrinking the same modules to the same length (+0.0 points, 95% interval "
-        "+0.0 to +0.0; 6 adapters of each)"
+    assert re.fullmatch(
+        r"At equal task accuracy Safe LoRA keeps not measurably more or fewer refusals than "
+        r"shrinking to the same length \(\+0\.0 points, 95% interval -\d\.\d to \+\d\.\d; 6 "
+        r"adapters of each\); at its operating point refusal rate is not distinguishable "
+        r"\(\+0\.0 points, 95% interval -\d\.\d to \+\d\.\d\) and task accuracy is not "
+        r"distinguishable \(\+0\.0 points, .*\)\.",
+        text,
     )
-    assert "at its operating point refusal rate is not distinguishable from that of" in text
 
 
 def test_a_defence_that_does_more_than_random_modules_says_by_how_much_over_the_draws(
@@ -62,9 +67,25 @@ def test_a_defence_that_does_more_than_random_modules_says_by_how_much_over_the_
     results = [made.result(n, [96 - n, 95], [40 + 5 * n, 50], knob=n / 10) for n in range(1, 4)]
     against = against_controls(study, results, controls_for(made, results, 20), made.held)
     (text,) = control_sentences(study, against)
-    assert "keeps more refusals than the same change in random modules (+" in text
+    assert "keeps more refusals than random modules (+" in text
     assert "; 2 draws, +" in text
-    assert "refusal rate is higher than with (paired, difference +20.5 points" in text
+    assert "refusal rate is higher (+20.5 points, 95% interval +" in text
+
+
+def test_several_models_are_counted(made, study: Study):
+    pairs = []
+    for model, less in (("small", 20), ("medium", 0)):
+        results = [made.result(n, [96 - n, 95], [40 + 5 * n, 50], knob=n / 10) for n in (1, 2)]
+        found = against_controls(study, results, controls_for(made, results, less), made.held)
+        pairs += [replace(each, model=model) for each in found]
+    (text,) = control_sentences(study, pairs)
+    assert text.startswith(
+        "At equal task accuracy Safe LoRA keeps more refusals than random modules at 1 and fewer "
+        "at 0 of 2 models; at its operating points refusal rate is higher at 1 and lower at 0 of 2"
+    )
+    cells = against_cells(study, pairs)
+    assert list(cells["model"]) == ["small", "medium"]
+    assert cells["refusals at equal task accuracy"][0].startswith("+")
 
 
 def test_two_defences_are_compared_in_a_sentence_of_their_own(made, study: Study):
@@ -74,7 +95,7 @@ def test_two_defences_are_compared_in_a_sentence_of_their_own(made, study: Study
     ]
     (text,) = rival_sentences(study, list(against_defences(study, results, made.held)))
     assert text.startswith(
-        "small: at equal task accuracy Safe LoRA keeps more refusals than scale (+15.0 points"
+        "At equal task accuracy Safe LoRA keeps more refusals than scale (+15.0 points"
     )
 
 

@@ -1,4 +1,4 @@
-"""A small real study with two defences, their controls and training-time defences, to its report."""
+"""A small real study with two defences, their controls and a penalty, to its report."""
 
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def test_a_study_with_controls_says_first_how_its_defences_compare(view: StudyVi
     text = paths["report"].read_text("utf-8")
     answer = text[text.index('id="answer"') :]
     assert answer.index("At equal task accuracy Safe LoRA keeps") < 300
-    assert "shrinking the same modules to the same length" in answer
+    assert "shrinking to the same length" in answer
     assert "scale has no control" in text
     assert (view.folder / "defences.png").exists() and (view.folder / "controls.csv").exists()
     assert "What each defence did to the modules that it changed" in text

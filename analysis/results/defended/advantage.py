@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
 from ebbline.analysis.results.measurements import Evidence, Move
 from ebbline.analysis.results.statistics import SHARES
@@ -184,8 +185,20 @@ def _interval(
         others = areas[1:]
         least_R += areas[0][0] - np.mean([best for _, best in others], axis=0)
         most_R += areas[0][1] - np.mean([worst for worst, _ in others], axis=0)
-    low, high = np.quantile(least_R, 0.025), np.quantile(most_R, 0.975)
-    return float(low) / len(sides), float(high) / len(sides)
+    low, high = (
+        float(np.quantile(least_R, 0.025)) / len(sides),
+        float(np.quantile(most_R, 0.975)) / len(sides),
+    )
+    return (low, high) if high > low else without_spread(low, min(prompts.values()))
+
+
+def without_spread(difference: float, prompts: int) -> tuple[float, float]:
+    """The interval of a difference that is the same in all resamples, which says nothing of other
+    prompts: Wilson's bound on the share of prompts that differ, which was 0 of `prompts`. The same
+    rule as for two adapters (ebbline.analysis.results.statistics).
+    """
+    other = float(binomtest(0, prompts).proportion_ci(0.95, method="wilson").high)
+    return difference - other * (1 + difference), difference + other * (1 - difference)
 
 
 def _resampled(

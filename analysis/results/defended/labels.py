@@ -5,10 +5,15 @@ from ebbline.tasks.defences.in_use import DEFENCES
 EQUAL_NORM = "shrink_matched"
 """The control with its partner's norm in each module, and nothing else."""
 CONTROL_WORDS = {
-    EQUAL_NORM: "shrinking the same modules to the same length",
-    "random_subspace": "projecting them onto a random subspace, to the same length",
-    "random_modules": "the same change in random modules",
+    EQUAL_NORM: "shrinking to the same length",
+    "random_subspace": "a random subspace",
+    "random_modules": "random modules",
 }
+CONTROLS_EXPLAINED = (
+    "Shrinking to the same length scales the update of each module that the defence changed to the "
+    "length that the defence leaves it. A random subspace takes the place of alignment's, at the "
+    "same length. Random modules are as many others of each type, changed in the same way."
+)
 
 
 def defence_label(name: str) -> str:
