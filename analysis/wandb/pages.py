@@ -106,7 +106,10 @@ def _point_page(
     config: dict[str, Any] = {"model": result.point.model}
     for axis, value in result.point.values:
         part, _, name = axis.partition(".")
-        config.setdefault(part, {})[name] = value
+        if name:
+            config.setdefault(part, {})[name] = value
+        else:  # `defence`, and the adapter from outside
+            config[part] = value
     cost = total(result.costs.values())
     summary: dict[str, Any] = {
         "point": result.number,
