@@ -40,8 +40,9 @@ from ebbline.analysis.results.wording import (
     status_label,
     undecided_label,
 )
-from ebbline.sweeps.study.points import Result, without_defence
+from ebbline.sweeps.study.points import Result, defence_of, without_defence
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.measuring.metrics import Metric
 
 
@@ -277,7 +278,8 @@ def _without_projection(study: Study, own: Sequence[Result], refusal: str) -> st
 
 
 def _named(result: Result) -> str:
-    share = f"{result.changed_share or 0.0:.0%} of modules projected"
+    word = "projected" if defence_of(result.point) is SAFE_LORA else "changed"
+    share = f"{result.changed_share or 0.0:.0%} of modules {word}"
     return f"point {result.number} ({settings_label(result.point)}; {share})"
 
 

@@ -38,6 +38,7 @@ from ebbline.sweeps.search.importance import METHOD, Importance, importances
 from ebbline.sweeps.state.controls import ControlResult
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.defence import Defence
 from ebbline.tasks.defences.safe_lora import SAFE_LORA
 
 
@@ -178,6 +179,11 @@ def pictures_of(found: Findings) -> dict[str, FigureToDraw]:
             lambda: threshold_words(results, names, baselines),
             lambda: f"{SAFE_LORA.words.against} 95% Wilson intervals.",
         ),
+        **{
+            f"settings-{defence.name}": _along(found, names, defence)
+            for defence in study.used_defences
+            if defence is not SAFE_LORA and defence.main_knob
+        },
         "before-after": FigureToDraw(
             lambda: before_after_figure(found.lines),
             lambda: before_after_words(found.lines),
@@ -194,6 +200,16 @@ def pictures_of(found: Findings) -> dict[str, FigureToDraw]:
             ),
         ),
     }
+
+
+def _along(found: Findings, names: Sequence[str], defence: Defence) -> FigureToDraw:
+    """The metrics along the main knob of a defence, as `thresholds` for Safe LoRA."""
+    results, baselines = found.results, found.baselines
+    return FigureToDraw(
+        lambda: threshold_figure(results, names, baselines, defence=defence),
+        lambda: threshold_words(results, names, baselines, defence),
+        lambda: f"{defence.words.against} 95% Wilson intervals.",
+    )
 
 
 def attainment_caption(found: Findings) -> str:

@@ -115,6 +115,7 @@ def write_report(
         notes=notes,
         counts={status: sum(result.status == status for result in results) for status in STATUSES},
         objectives=[directed_label(name) for name in study.objectives],
+        knobs=[each for name, each in pictures.items() if name.startswith("settings-")],
         means=any(
             metric.squares is not None for result in results for metric in result.metrics.values()
         ),

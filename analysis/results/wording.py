@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ebbline.sweeps.drive.live import AtWork
 from ebbline.sweeps.study.adapters.branches import ADAPTER
-from ebbline.sweeps.study.points import INVALID, Point, Status, Value, defence_of
+from ebbline.sweeps.study.points import INVALID, Point, Result, Status, Value, defence_of
 from ebbline.tasks.defences.in_use import AXIS, DEFENCES, owns
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.measuring.metrics import Metric, direction
 from ebbline.tasks.specs import LoxSpec
 
@@ -65,6 +66,14 @@ def settings_label(point: Point) -> str:
         if not named or not owns(axis)
     ]
     return " ".join([*own, *([defence_label(point)] if named else [])])
+
+
+def changed_label(result: Result) -> str:
+    """`40% of modules projected`, or `not projected`; `changed` of another defence."""
+    word = "projected" if defence_of(result.point) is SAFE_LORA else "changed"
+    return (
+        f"{result.changed_share:.0%} of modules {word}" if result.changed_share else f"not {word}"
+    )
 
 
 def defence_label(point: Point) -> str:

@@ -105,11 +105,11 @@ def _point_page(
     """A point's run. Its config holds only the settings, as W&B's parameter importance needs."""
     config: dict[str, Any] = {"model": result.point.model}
     for axis, value in result.point.values:
-        part, dot, name = axis.partition(".")
-        if dot:
+        part, _, name = axis.partition(".")
+        if name:
             config.setdefault(part, {})[name] = value
-        else:  # `defence` and `adapter` are no setting of a stage
-            config[axis] = value
+        else:  # `defence`, and the adapter from outside
+            config[part] = value
     cost = total(result.costs.values())
     summary: dict[str, Any] = {
         "point": result.number,

@@ -28,8 +28,9 @@ from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import create_trial
 
 from ebbline.sweeps.study.axes import Range
-from ebbline.sweeps.study.points import Result, Value, brought
+from ebbline.sweeps.study.points import Result, Value, brought, defence_of
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.in_use import owner
 
 # The second process of a report imports this module alone, without ebbline.sweeps.state.trials
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -57,6 +58,7 @@ class Importance:
     """The shares of an objective by axis, from this number of `points`; the axis `model` is the
     size.
 
+    `of_defence` has the shares of the knobs of each defence, among that defence's points alone.
     `without` has the reason for each axis without a number, `reason` the reason why there is no
     number at all. For `uneven` axes, one model was run with fewer values than another. So part of
     their share may belong to the model, and part of the model's share to them.
@@ -65,6 +67,7 @@ class Importance:
     points: int
     shares: Mapping[str, AxisShare] = field(default_factory=dict)
     without: Mapping[str, str] = field(default_factory=dict)
+    of_defence: Mapping[str, AxisShare] = field(default_factory=dict)
     uneven: tuple[str, ...] = ()
     reason: str = ""
 
@@ -79,14 +82,42 @@ def importances(study: Study, results: Sequence[Result]) -> dict[str, Importance
         (result for result in results if result.status == "done"), key=lambda result: result.number
     )
     columns, without = _columns(study, done)
+    if study.defences:
+        without = {axis: reason for axis, reason in without.items() if owner(axis) is None}
     uneven = tuple(axis for axis in columns if axis != MODEL and _is_uneven(axis, done))
     found = {
         name: _importance(columns, without, [result.metrics[name].value for result in done])
         for name in study.objectives
     }
+    knobs = {name: _of_defences(study, done, name) for name in study.objectives}
     return {
-        name: replace(each, uneven=uneven if each.shares else ()) for name, each in found.items()
+        name: replace(
+            each,
+            uneven=uneven if each.shares else (),
+            of_defence=knobs[name][0],
+            without={**each.without, **knobs[name][1]},
+        )
+        for name, each in found.items()
     }
+
+
+def _of_defences(
+    study: Study, done: Sequence[Result], objective: str
+) -> tuple[dict[str, AxisShare], dict[str, str]]:
+    """The shares of each defence's knobs among its own points, and the reasons for none."""
+    shares, without = dict[str, AxisShare](), dict[str, str]()
+    for defence in study.used_defences if study.defences else ():
+        own = [result for result in done if defence_of(result.point) is defence]
+        axes = list(dict.fromkeys(axis for each in own for axis, _ in each.point.values))
+        knobs = [axis for axis in axes if defence.owns(axis)]
+        columns, lacking = _columns(study, own)
+        found = _importance(columns, lacking, [each.metrics[objective].value for each in own])
+        for axis in knobs:
+            if axis in found.shares:
+                shares[axis] = found.shares[axis]
+            else:
+                without[axis] = lacking.get(axis) or found.reason
+    return shares, without
 
 
 def _is_uneven(axis: str, done: Sequence[Result]) -> bool:

@@ -110,8 +110,13 @@ def _identity(result: Result) -> int:
 
 def draws_of(study: Study, results: Sequence[Result]) -> list[ControlDraw]:
     """Every draw of every control of the results that get controls."""
+    return draws_of_each(study, controlled(study, results))
+
+
+def draws_of_each(study: Study, partners: Sequence[Result]) -> list[ControlDraw]:
+    """Every draw of every control of each of these results."""
     found = list[ControlDraw]()
-    for partner in controlled(study, results):
+    for partner in partners:
         method = defence_of(partner.point).method
         for control in [] if method is None else controls_of(method):
             draws = range(study.used_controls.draws) if control.drawn else [None]
@@ -122,7 +127,7 @@ def draws_of(study: Study, results: Sequence[Result]) -> list[ControlDraw]:
 def stages_of_draw(graph: StageGraph, draw: ControlDraw) -> dict[str, Stage]:
     """The stages of a control, by name, for the seeds of its partner."""
     stages = graph.control_stages(draw.partner.point, draw.control, draw.draw)
-    return of_seeds(graph.study, stages, seeds_of(draw.partner))
+    return of_seeds(graph.study, stages, seeds_of(draw.partner) or graph.study.first_seeds)
 
 
 def control_results(

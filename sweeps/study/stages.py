@@ -4,7 +4,7 @@ ebbline.sweeps.state.outcome reads the measurements of these stages.
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -181,7 +181,8 @@ class StageGraph:
         stages = {StageName(name, seed): stage for name, stage in parts.items()}
         defended = self._made(point, parts)
         stages[StageName(makes, seed)] = defended
-        return stages | self._measured(point, seed, _adapter_in({makes: defended}))
+        adapter = _adapter_in({makes: defended})
+        return stages | self._measured(point, seed, adapter, list(self.study.suites))
 
     def _made(self, point: Point, parts: Mapping[str, Stage]) -> Stage:
         """The stage that makes the point's adapter from the stages of `_adapter_stages`."""
@@ -195,7 +196,9 @@ class StageGraph:
         return Stage(self._specs(defence, dict(point.values))[1], inputs)
 
     def control_stages(self, point: Point, control: str, draw: int | None) -> dict[str, Stage]:
-        """Stage name -> stage, for every replicate of a control of a point's defence."""
+        """Stage name -> stage, for every replicate of a control of a point's defence. A control is
+        measured by the suites of the objectives and of the refusal rate alone.
+        """
         stages: dict[str, Stage] = {}
         defence, values = defence_of(point), dict(point.values)
         for seed in (seeds := own_seeds(self.study.seeds, point)):
@@ -215,7 +218,8 @@ class StageGraph:
             made = Stage(defence.controlled(specs, control, draw), read)
             named = {StageName(name, seed): stage for name, stage in parts.items()}
             named[StageName(DefendSpec.KIND, seed)] = made
-            named |= self._measured(point, seed, _adapter_in({DefendSpec.KIND: made}))
+            adapter = _adapter_in({DefendSpec.KIND: made})
+            named |= self._measured(point, seed, adapter, self._main_suites())
             self._place(point.model, named.values())
             what = control if draw is None else f"{control} {draw}"
             for name, stage in named.items():
@@ -247,12 +251,21 @@ class StageGraph:
         source = self._outside(reference.path or reference.hub, "model")
         return Stage(AdapterSpec(), {"source": source, "model": self._families[model].aligned})
 
-    def _measured(self, point: Point, seed: int, defended: Input) -> dict[StageName, Stage]:
-        """The stages that measure an adapter."""
+    def _main_suites(self) -> list[str]:
+        """The suites of the objectives and of the refusal rate."""
+        refusal = self.study.refusal_metric
+        main = {name.rpartition(".")[0] for name in (*self.study.objectives, refusal or "")}
+        return [suite for suite in self.study.suites if suite in main]
+
+    def _measured(
+        self, point: Point, seed: int, defended: Input, suites: Sequence[str]
+    ) -> dict[StageName, Stage]:
+        """The stages that measure an adapter with these suites."""
         stages = dict[StageName, Stage]()
         parts = self._adapter_stages(point, seed)
         adapted = (parts.get(TrainSpec.KIND) or parts[AdapterSpec.KIND]).inputs["model"]
-        for suite, entry in self.study.suites.items():
+        for suite in suites:
+            entry = self.study.suites[suite]
             blocks: list[Block] | list[None] = blocks_of(entry.measure) or [None]
             for block in blocks:
                 own = self._suite_stages(

@@ -78,16 +78,16 @@ def one_of_each() -> list[Stage]:
         ),
         project,
         apply,
-        Stage(
-            MeasureSpec(method="subspace_removal", knobs={"k": 8}),
-            {"adapter": adapter, "base": SEVEN_B, "aligned": SEVEN_B},
-        ),
-        Stage(DefendSpec(method="scale"), {"adapter": adapter, "measurement": project}),
         generation,
         judge,
         Stage(ScoreSpec(measure="refusal", scorer="prefix"), {"generation": generation}),
         Stage(EvaluateSpec(task="mmlu"), {"model": SEVEN_B, "prompts": PROMPTS}),
         Stage(AdapterSpec(), {"source": Source("a", "/adapters/mine"), "model": SEVEN_B}),
+        Stage(
+            MeasureSpec(method="subspace_removal", knobs={"k": 8}),
+            {"adapter": adapter, "base": SEVEN_B, "aligned": SEVEN_B},
+        ),
+        Stage(DefendSpec(method="scale"), {"adapter": adapter, "measurement": project}),
     ]
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from optuna.trial import TrialState, create_trial
 
+from ebbline.sweeps.search.importance import importances
 from ebbline.sweeps.search.masks import distinct_masks
 from ebbline.sweeps.search.searcher import StudySearcher
 from ebbline.sweeps.state.parameters import Names, is_whole, point_of
@@ -14,6 +15,7 @@ from ebbline.sweeps.study.changes import lasting, rejections
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import (
     Point,
+    Result,
     adapter_of,
     defence_of,
     training_of,
@@ -25,6 +27,7 @@ from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import as_yaml, parse
 from ebbline.tasks.defences.in_use import DEFENCES, NONE
 from ebbline.tasks.errors import StudyError
+from ebbline.tasks.measuring.metrics import Metric
 from ebbline.tasks.specs import ApplySpec, MeasureSpec, ProjectSpec
 from tests.sweeps.made import Imagined, outcome, study
 from tests.sweeps.test_search import empty_storage, fresh_url  # noqa: F401
@@ -232,3 +235,21 @@ def test_no_defence_is_a_stage_that_changes_no_module(tmp_path, home):
     stages = graph.stages_for(next(iter(space(graph.study))))
     assert stages["apply[seed=0]"].spec == ApplySpec()
     assert set(stages["project[seed=0]"].inputs) == {"adapter"}
+
+
+def test_importance_is_told_of_each_defences_own_points(tmp_path):
+    factors = [round(0.08 * n, 2) for n in range(12)]
+    found = several(tmp_path, {"scale": {"factor": factors}, "drop": {"threshold": [0.3]}})
+    results = []
+    for number, point in enumerate(space(found)):
+        factor = dict(point.values).get("scale.factor", 0.5)
+        refused = 90 - round(80 * float(str(factor)))
+        metrics = {
+            "refusal.refusal_rate": Metric("refusal_rate", refused, 100),
+            "task.task_accuracy": Metric("task_accuracy", 100 - refused, 100),
+        }
+        results.append(Result(number, point, "done", metrics))
+    told = importances(found, results)["refusal.refusal_rate"]
+    assert told.of_defence["scale.factor"].value > 0.9
+    assert "scale.factor" not in told.shares
+    assert told.without["drop.threshold"] == "one value"

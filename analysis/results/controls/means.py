@@ -66,7 +66,7 @@ def control_means(controls: Sequence[ControlResult]) -> list[ControlMean]:
 
 def controls_frame(study: Study, controls: Sequence[ControlResult]) -> pd.DataFrame:
     """A row for each draw: its partner's number and defence, and each metric of both."""
-    names = sorted({name for each in controls for name in each.of.partner.metrics})
+    names = sorted({name for each in controls for name in each.result.metrics})
     frame = pd.DataFrame([_row(each, names) for each in controls])
     return frame.astype({"draw": "Int64"}) if len(frame) else frame
 

@@ -22,7 +22,13 @@ from ebbline.analysis.results.picks.floors import (
     slack,
 )
 from ebbline.analysis.results.tables import in_points
-from ebbline.analysis.results.wording import measured, metric_label, percent, settings_label
+from ebbline.analysis.results.wording import (
+    changed_label,
+    measured,
+    metric_label,
+    percent,
+    settings_label,
+)
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.points import Result, brought, defence_of
 from ebbline.sweeps.study.study import Study
@@ -49,12 +55,7 @@ def missed_by(nearest: Pick, confidence: float | None) -> str:
 
 def named(result: Result) -> str:
     """`point 1 (rank=8 size=100; 40% of modules projected)`."""
-    share = (
-        f"{result.changed_share:.0%} of modules projected"
-        if result.changed_share
-        else "not projected"
-    )
-    return f"point {result.number} ({settings_label(result.point)}; {share})"
+    return f"point {result.number} ({settings_label(result.point)}; {changed_label(result)})"
 
 
 def values_of_pick(found: Pick) -> str:
