@@ -23,6 +23,7 @@ from ebbline.analysis.results.wording import natural, settings_label
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.cluster.store.resolver import Resolver
+from ebbline.sweeps.state.controls import control_stages
 from ebbline.sweeps.state.outcome import costs_of, lasting_results, metrics_of, results_of
 from ebbline.sweeps.state.result_cache import ResultCache
 from ebbline.sweeps.state.spending import Spent, read_spent
@@ -195,12 +196,15 @@ def costs_before(view: StudyView) -> dict[str, Cost]:
 
 
 def artifacts_behind(view: StudyView, results: Sequence[Result]) -> list[Artifact]:
-    """The artifacts in the store that the results and the aligned models depend on, once each."""
+    """The artifacts in the store that the results, their controls and the aligned models depend
+    on, once each.
+    """
     graph, resolver = view.graph, Resolver(view.home.store)
     stages = [stage for suites in graph.baselines().values() for stage in suites.values()]
     stages += [
         stage for result in results for stage in stages_or_reason(graph, result.point)[0].values()
     ]
+    stages += control_stages(graph, results)
     found = (resolver.artifact(stage) for stage in closure(stages))
     return list({artifact.key: artifact for artifact in found if artifact is not None}.values())
 

@@ -26,9 +26,9 @@ from ebbline.analysis.results.measurements import (
 from ebbline.analysis.results.picks.floors import Floor, Pick, pick
 from ebbline.analysis.results.statistics import SHARES
 from ebbline.analysis.results.wording import natural
-from ebbline.sweeps.study.points import Point, Result, Value, brought, distinct
+from ebbline.sweeps.study.points import Point, Result, Value, brought, defence_of, distinct
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.in_use import owns
+from ebbline.tasks.defences.in_use import AXIS, NONE, owns
 from ebbline.tasks.measuring.metrics import direction
 
 RESAMPLES = 1000
@@ -216,11 +216,19 @@ def _settings(study: Study, point: Point, axes: Sequence[str]) -> tuple[Value, .
     found = []
     for axis in axes:
         fixed = None if given and not owns(axis) else study.fixed(point.model, axis)
-        value = values.get(axis, fixed)
+        value = _defence(study, point) if axis == AXIS else values.get(axis, fixed)
         found.append(
             float(value) if isinstance(value, int) and not isinstance(value, bool) else value
         )
     return tuple(found)
+
+
+def _defence(study: Study, point: Point) -> str:
+    """The name of a point's defence. A study that names none has Safe LoRA, or no defence where its
+    knobs are off.
+    """
+    defence = defence_of(point)
+    return NONE if defence.is_off(study.knobs(defence, dict(point.values))) else defence.name
 
 
 def volumes(

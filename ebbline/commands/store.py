@@ -27,6 +27,7 @@ from ebbline.cluster.store.retention import (
     source_damages,
 )
 from ebbline.sweeps.search.searcher import all_points
+from ebbline.sweeps.state.controls import control_stages
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import StageName
 from ebbline.sweeps.study.stages import stages_or_reason
@@ -77,6 +78,8 @@ def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
         )
     for _, point, _, _ in points:
         targets += stages_or_reason(graph, point)[0].values()
+    if study.used_controls.settings:
+        targets += control_stages(graph, collect(view))
     keys, sources, seen = set(), set(), set()
 
     def visit(stage: Stage) -> None:

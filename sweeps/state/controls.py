@@ -130,6 +130,12 @@ def stages_of_draw(graph: StageGraph, draw: ControlDraw) -> dict[str, Stage]:
     return of_seeds(graph.study, stages, seeds_of(draw.partner) or graph.study.first_seeds)
 
 
+def control_stages(graph: StageGraph, results: Sequence[Result]) -> list[Stage]:
+    """The stages of every control of a study with these results."""
+    draws = draws_of(graph.study, results)
+    return [stage for draw in draws for stage in stages_of_draw(graph, draw).values()]
+
+
 def control_results(
     study: Study, results: Sequence[Result], graph: StageGraph, lookup: ArtifactLookup
 ) -> list[ControlResult]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ebbline.analysis.results.collect import collect
+from ebbline.analysis.results.collect import artifacts_behind, collect
 from ebbline.analysis.results.controls.means import (
     collect_controls,
     control_means,
@@ -14,6 +14,7 @@ from ebbline.analysis.results.controls.means import (
     controls_frame,
 )
 from ebbline.analysis.results.frontier import frontier
+from ebbline.commands.store import needed_by
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.state.controls import controlled, draws_of, operating_points, stages_of_draw
 from ebbline.sweeps.study.home import Home
@@ -195,3 +196,11 @@ def test_controls_may_be_turned_off_or_on_between_runs(tmp_path):
     dumped = json.loads(study.model_dump_json())
     assert dumped["controls"] == {"settings": 0, "draws": 3}
     assert several(tmp_path, THREE).used_controls.settings == 3
+
+
+def test_the_store_keeps_what_controls_need(driven):
+    view, _ = driven
+    controls = collect_controls(view, collect(view))
+    keys = {key for each in controls for key in each.result.keys.values()}
+    assert keys <= needed_by(view.study, view.home).keys
+    assert keys <= {artifact.key for artifact in artifacts_behind(view, collect(view))}

@@ -2,11 +2,13 @@
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from optuna.trial import TrialState, create_trial
 
+from ebbline.analysis.results.comparison import same_settings
 from ebbline.sweeps.search.importance import importances
 from ebbline.sweeps.search.masks import distinct_masks
 from ebbline.sweeps.search.searcher import StudySearcher
@@ -17,6 +19,7 @@ from ebbline.sweeps.study.points import (
     Point,
     Result,
     adapter_of,
+    brought,
     defence_of,
     training_of,
     without_defence,
@@ -28,7 +31,9 @@ from ebbline.sweeps.study.study_file import as_yaml, parse
 from ebbline.tasks.defences.in_use import DEFENCES, NONE
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.measuring.metrics import Metric
+from ebbline.tasks.models.brought.folder import adapter_digest
 from ebbline.tasks.specs import ApplySpec, MeasureSpec, ProjectSpec
+from tests.brought import adapter_folder
 from tests.sweeps.made import Imagined, outcome, study
 from tests.sweeps.test_search import empty_storage, fresh_url  # noqa: F401
 from tests.sweeps.test_stages import kinds
@@ -253,3 +258,42 @@ def test_importance_is_told_of_each_defences_own_points(tmp_path):
     assert told.of_defence["scale.factor"].value > 0.9
     assert "scale.factor" not in told.shares
     assert told.without["drop.threshold"] == "one value"
+
+
+def test_adapters_from_outside_have_every_defence_beside_trained_ones(tmp_path, home):
+    adapter_folder(tmp_path / "mine", seed=0)
+    pin = {"path": str(tmp_path / "mine"), "sha256": adapter_digest(tmp_path / "mine")}
+    found = several(
+        tmp_path,
+        {"scale": {"factor": [0.5, 0.1]}, "drop": {"modules": [1]}},
+        adapters={"mine": {"path": pin}},
+    )
+    points = list(space(found))
+    assert found.size == len(points) == 2 * 4
+    own = [point for point in points if brought(point)]
+    assert [defence_of(point).name for point in own] == [NONE, "scale", "scale", "drop"]
+    names = Names(found)
+    for point in points:
+        trial = create_trial(state=TrialState.RUNNING, **names.parameters(point))
+        assert point_of(trial) == point and is_whole(trial, found)
+    stages = StageGraph(found, home).stages_for(own[1])
+    assert {"adapter[seed=0]", "defend[seed=0]"} <= stages.keys()
+    assert "train[seed=0]" not in stages
+
+
+def test_a_study_that_names_defences_is_compared_with_one_that_has_safe_lora_alone(tmp_path):
+    (tmp_path / "old").mkdir()
+    axes = {"train.rank": [2], "apply.threshold": [None, 0.3]}
+    old = study(tmp_path / "old", {"axes": axes})
+    new = several(tmp_path, {"safe_lora": {"threshold": [0.3]}, "scale": {"factor": [0.5]}})
+    before, after = (
+        SimpleNamespace(
+            study=each,
+            of=lambda model, each=each: [
+                Result(number, point, "done") for number, point in enumerate(space(each))
+            ],
+        )
+        for each in (old, new)
+    )
+    pairs = [(one.number, other.number) for one, other in same_settings(before, after, "7b")]
+    assert pairs == [(0, 0), (1, 1)]
