@@ -80,10 +80,16 @@ class Penalty:
 def penalty_of(
     spec: TrainSpec, alignments: Mapping[str, ModuleAlignment] | None = None
 ) -> Penalty | None:
-    """The penalty of a training; None where none acts. `alignments` are for AsFT's."""
+    """The penalty of a training; None where none acts. Raises TrainingError for AsFT's without
+    `alignments`.
+    """
     if not spec.penalised:
         return None
-    return Penalty(spec.penalty_weight, alignments if spec.reads_alignment else None)
+    if not spec.reads_alignment:
+        return Penalty(spec.penalty_weight)
+    if alignments is None:
+        raise TrainingError("the penalty asft needs V of each module")
+    return Penalty(spec.penalty_weight, alignments)
 
 
 def module_of(name: str) -> str:

@@ -44,18 +44,23 @@ def test_a_factor_of_zero_is_the_aligned_model_bit_for_bit(tmp_path, pair):
             assert (folder / file.name).read_bytes() == file.read_bytes()
 
 
-def test_quantised_weights_are_an_error_that_names_the_tensor(tmp_path, pair):
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(128, 64, dtype=torch.int8), r"up_proj\.weight is stored as torch\.int8"),
+        (torch.zeros(2, 128, 64), r"up_proj\.weight has the shape \(2, 128, 64\)"),
+    ],
+    ids=["quantised", "stacked"],
+)
+def test_a_weight_that_is_no_plain_matrix_is_an_error_that_names_it(
+    tmp_path, pair, tensor, message
+):
     damaged = fresh(tmp_path / "aligned")
     for file in pair.aligned.iterdir():
         (damaged / file.name).write_bytes(file.read_bytes())
-    tensors = weights(damaged)
-    name = "model.layers.0.mlp.up_proj.weight"
-    tensors[name] = torch.zeros(tensors[name].shape, dtype=torch.int8)
+    tensors = weights(damaged) | {"model.layers.0.mlp.up_proj.weight": tensor}
     save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"up_proj\.weight is stored as torch\.int8"):
-        run(
-            LoxSpec(factor=1.0),
-            {"model": damaged, "base": pair.base},
-            fresh(tmp_path / "out"),
-            context(tmp_path / "ctx"),
-        )
+    inputs = {"model": damaged, "base": pair.base}
+    out, ctx = fresh(tmp_path / "out"), context(tmp_path / "ctx")
+    with pytest.raises(ModelError, match=message):
+        run(LoxSpec(factor=1.0), inputs, out, ctx)

@@ -50,8 +50,13 @@ def run(spec: LoxSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> N
 def _moved(
     name: str, aligned_OI: torch.Tensor, base: Checkpoint, spec: LoxSpec, device: str
 ) -> torch.Tensor:
-    if aligned_OI.ndim != 2:
+    if aligned_OI.ndim < 2:
         return aligned_OI
+    if aligned_OI.ndim > 2:
+        raise ModelError(
+            f"{name} has the shape {tuple(aligned_OI.shape)}; LoX is defined for matrices. Leave "
+            "lox.factor out for a model with stacked experts"
+        )
     if not aligned_OI.dtype.is_floating_point or aligned_OI.dtype.itemsize < 2:
         raise ModelError(
             f"{name} is stored as {aligned_OI.dtype}; LoX needs the weights from before "
