@@ -218,7 +218,9 @@ def test_the_card_states_the_projected_share_of_its_own_seed(
     # As if the seeds had other modules projected: what is counted must be of the seed's own stages.
     monkeypatch.setattr(
         "ebbline.shipping.changed_share",
-        lambda artifacts: 0.25 if set(artifacts) == {"project[seed=4]", "apply[seed=4]"} else 1.0,
+        lambda point, artifacts: (
+            0.25 if set(artifacts) == {"project[seed=4]", "apply[seed=4]"} else 1.0
+        ),
     )
     assert pick(driven, "--point", 1, "--seed", 4, "--export", tmp_path / "four").exit_code == 0
     text = (tmp_path / "four" / "README.md").read_text()
