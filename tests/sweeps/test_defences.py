@@ -9,6 +9,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from ebbline.analysis.results.comparison import same_settings
+from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.search.importance import importances
 from ebbline.sweeps.search.masks import distinct_masks
 from ebbline.sweeps.search.searcher import StudySearcher
@@ -28,6 +29,7 @@ from ebbline.sweeps.study.space import listed, space
 from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import as_yaml, parse
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.defences.in_use import DEFENCES, NONE
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.measuring.metrics import Metric
@@ -35,6 +37,7 @@ from ebbline.tasks.models.brought.folder import adapter_digest
 from ebbline.tasks.specs import ApplySpec, MeasureSpec, ProjectSpec
 from tests.brought import adapter_folder
 from tests.sweeps.made import Imagined, outcome, study
+from tests.sweeps.pretended import Pretended, small
 from tests.sweeps.test_search import empty_storage, fresh_url  # noqa: F401
 from tests.sweeps.test_stages import kinds
 
@@ -297,3 +300,15 @@ def test_a_study_that_names_defences_is_compared_with_one_that_has_safe_lora_alo
     )
     pairs = [(one.number, other.number) for one, other in same_settings(before, after, "7b")]
     assert pairs == [(0, 0), (1, 1)]
+
+
+def test_a_run_of_four_defences_at_ten_settings_trains_once(tmp_path, home):
+    axes = {"axes": {"train.rank": [2]}, "defences": FOUR}
+    found = small(tmp_path, **axes, controls=False)
+    executor = Pretended(home.store)
+    progress = drive(StudyView(found, home), lambda: executor)
+    ran = Counter(request.kind for request in executor.requests.values())
+    assert progress.completed == 41 and all(each.status == "done" for each in progress.results)
+    # `project` once with the models for both gated defences, and once without them
+    assert (ran["train"], ran["project"], ran["measure"]) == (1, 2, 1)
+    assert ran["generate"] < 2 * 41  # equal adapters are measured once
