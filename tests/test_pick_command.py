@@ -94,7 +94,8 @@ def run(*arguments: object) -> CommandResult:
 
 
 def pick(driven: tuple[Path, Study, Home], *arguments: object) -> CommandResult:
-    return run("pick", driven[0], "--home", driven[2].root, *arguments)
+    """`pick` of candidates: tests/test_confirm_command.py has confirmed ones."""
+    return run("pick", driven[0], "--home", driven[2].root, "--accept-unsure", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,13 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ebbline.analysis.results.collect import SuitePrompts
 from ebbline.analysis.results.measurements import usefulness_metric
-from ebbline.analysis.results.picks.floors import METHOD, Pick, spread_known
+from ebbline.analysis.results.picks.floors import (
+    METHOD,
+    Pick,
+    adapter_standing,
+    spread_known,
+    standing,
+)
 from ebbline.analysis.results.picks.picked import in_words, lines_of, named
 from ebbline.analysis.results.wording import (
     directed_label,
@@ -80,7 +86,7 @@ def card(
         "## How it was made\n\n" + _rows(("setting", "value"), _settings(spec)),
         "## Sources and pins\n\n"
         + _rows(("what", "source"), _sources(study, result.point, prompts)),
-        "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(study, found, alone)),
+        "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(study, found, alone, seed)),
         "## Provenance\n\n" + _rows(("what", "sha256"), _provenance(study, result.point, stages)),
     ]
     written = ModelCard.from_template(
@@ -311,7 +317,23 @@ def _data(data: Data | None) -> str:
     )
 
 
-def _limits(study: Study, found: Pick, alone: Result) -> Iterator[str]:
+def _limits(study: Study, found: Pick, alone: Result, seed: int) -> Iterator[str]:
+    stands = adapter_standing(found.result, found.floors, seed)
+    if stands != "holds":
+        why = (
+            "its confirmed bound is below a floor"
+            if stands == "unsure"
+            else "it was measured only on the prompts that chose it"
+        )
+        yield (
+            f"Exported with `--accept-unsure`: it is not confirmed to hold {in_words(found.floors)}"
+            f", because {why}."
+        )
+    if standing(found.result, found.floors, "setting") != "holds":
+        yield (
+            "Only this adapter is meant: its setting is not confirmed to hold the floors, so "
+            "another training with the same settings may not."
+        )
     refusal = study.refusal_metric or ""
     suite = refusal.rpartition(".")[0]
     n = alone.metrics[refusal].n

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ebbline.analysis.results.before_after import Line, before_after
+from ebbline.analysis.results.claims.between_seeds import FEWEST_SEEDS
 from ebbline.analysis.results.frontier import finished, objective_values
 from ebbline.analysis.results.measurements import (
     LEVEL,
@@ -29,6 +30,8 @@ from ebbline.analysis.results.measurements import (
     unprojected,
     usefulness_metric,
 )
+from ebbline.analysis.results.picks.confirmed import confirmed_words
+from ebbline.analysis.results.picks.floors import Pick, Standing
 from ebbline.analysis.results.tables import in_points
 from ebbline.analysis.results.wording import (
     NO_RESULT,
@@ -88,15 +91,14 @@ def answer(
         comparisons += [*from_tuning, *from_projection]
         picked = operating_point(study, own, refusal)
         if picked is not None:
-            best, holds = picked
             names = [name for name in (usefulness_metric(study), refusal) if name is not None]
             found = {
                 line.name: line.changes["projection"]
                 for line in lines
                 if line.model == model and "projection" in line.changes
             }
-            changes = {name: found[name] for name in names if holds and name in found}
-            paragraphs.append(_pick(study, model, own, refusal, best, holds, changes))
+            changes = {name: found[name] for name in names if picked.meets and name in found}
+            paragraphs.append(_pick(study, model, own, refusal, picked, changes))
             comparisons += changes.values()
     return [*paragraphs, *_unfinished(results), _caution(done, refusal, comparisons)]
 
@@ -205,7 +207,7 @@ def how_found(comparisons: Sequence[Comparison]) -> str:
     if not tests:
         return ""
     if len(comparisons) == 1:
-        low, high = tests[0].interval
+        low, high = comparisons[0].interval
         return (
             f"paired, difference {in_points(tests[0].difference)} points, 95% interval "
             f"{in_points(low)} to {in_points(high)}"
@@ -226,31 +228,22 @@ def _pick(
     model: str,
     own: Sequence[Result],
     refusal: str,
-    best: Result,
-    holds: bool,
+    picked: Pick,
     changes: Mapping[str, Comparison],
 ) -> str:
     """The operating point: its refusal rate, the certainty of that, and the cost in usefulness."""
-    useful, floor = usefulness_metric(study), percent(study.refusal_floor)
-    if not holds:
+    useful, floor, best = usefulness_metric(study), percent(study.refusal_floor), picked.result
+    if not picked.meets:
         return (
             f"{model}, operating point: none of {sum(map(is_projected, own))} projected "
             f"points holds the refusal floor of {floor}."
             f" The nearest, {_named(best)}, refuses "
-            f"{measured(best.metrics[refusal])}.{_without_projection(study, own, refusal)}"
+            f"{measured(best.metrics[refusal])}.{_confirmation(picked, refusal)}"
+            f"{_without_projection(study, own, refusal)}"
         )
-    low = best.metrics[refusal].interval[0]
-    sure = (
-        "Its whole interval is at or above the floor."
-        if low >= study.refusal_floor
-        else (
-            f"Its interval reaches down to {percent(low)}, so whether it holds the floor is "
-            "not certain."
-        )
-    )
     text = (
         f"{model}, operating point: {_named(best)} refuses {measured(best.metrics[refusal])}; "
-        f"the floor is {floor}. {sure}"
+        f"the floor is {floor}.{_confirmation(picked, refusal)}"
     )
     if useful is not None:
         text += f" Its {metric_label(useful)} is {measured(best.metrics[useful])}."
@@ -260,19 +253,42 @@ def _pick(
     return text + _without_projection(study, own, refusal)
 
 
+def _confirmation(picked: Pick, refusal: str) -> str:
+    """Sentences on what the claim rests on: the search alone, or the confirmed numbers."""
+    confirmed = confirmed_words(picked.result, refusal)
+    if not confirmed:
+        if not picked.meets:
+            return ""
+        return (
+            f" It is a candidate: the best of {picked.among} different adapters by the numbers "
+            "that chose it, which look better than they are. `ebbline confirm` measures it on "
+            "other prompts and training seeds."
+        )
+    return f" {STANDS[picked.standing]} {confirmed}"
+
+
+STANDS: dict[Standing, str] = {
+    "holds": "Confirmed: the setting holds the floor.",
+    "unsure": "Confirmed, and not sure: the setting's value meets the floor, its bound does not.",
+    "candidate": "Its setting was not confirmed.",
+    "missed": "Confirmed not to hold: the setting's value is below the floor.",
+}
+
+
 def _without_projection(study: Study, own: Sequence[Result], refusal: str) -> str:
     """A sentence on the point that `ebbline pick` names, if that point is not projected."""
     useful, found = usefulness_metric(study), better_unprojected(study, own, refusal)
     if found is None:
         return ""
+    best = found.result
+    stands = "holds the floor" if found.holds else "meets the floor as a candidate"
     text = (
-        f" Without projection {_named(found)} holds the floor: it refuses "
-        f"{measured(found.metrics[refusal])}"
+        f" Without projection {_named(best)} {stands}: it refuses {measured(best.metrics[refusal])}"
     )
     return text + (
         "."
         if useful is None
-        else f", and its {metric_label(useful)} is {measured(found.metrics[useful])}."
+        else f", and its {metric_label(useful)} is {measured(best.metrics[useful])}."
     )
 
 
@@ -349,7 +365,7 @@ def meaning(comparisons: Sequence[Comparison]) -> str:
     by_intervals = "mean that the 95% intervals do not overlap"
     tests = [comparison.paired for comparison in comparisons if comparison.paired is not None]
     if not tests:
-        return f"Higher and lower {by_intervals}."
+        return f"Higher and lower {by_intervals}.{about(comparisons)}"
     test = (
         "McNemar's exact test"
         if all(test.n == test.items for test in tests)
@@ -362,7 +378,32 @@ def meaning(comparisons: Sequence[Comparison]) -> str:
         "Hochberg for all comparisons in the"
         " same sentence or table."
         + ("" if len(tests) == len(comparisons) else f" Elsewhere they {by_intervals}.")
+        + about(comparisons)
     )
+
+
+def about(comparisons: Sequence[Comparison]) -> str:
+    """Whether the verdicts are about settings or only about the adapters that were measured."""
+    settings = [each.between.seeds for each in comparisons if each.between is not None]
+    adapters = len(comparisons) - len(settings)
+    over = (
+        f" With {_counts(settings)} seeds they are about the setting, and also need the 95% t "
+        "interval over the seeds to leave out 0."
+        if settings
+        else ""
+    )
+    only = (
+        f" {'Elsewhere they' if settings else 'They'} are about the adapters that were measured, "
+        f"not about their settings: that needs {FEWEST_SEEDS} training seeds."
+        if adapters
+        else ""
+    )
+    return over + only
+
+
+def _counts(seeds: Sequence[int]) -> str:
+    few, most = min(seeds), max(seeds)
+    return str(few) if few == most else f"{few} to {most}"
 
 
 def _between_seeds(metrics: Sequence[Metric], label: str) -> list[str]:

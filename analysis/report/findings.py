@@ -133,7 +133,7 @@ def pictures_of(found: Findings) -> dict[str, FigureToDraw]:
             lambda: frontier_figure(results, study.objectives, baselines, picked=found.picked),
             lambda: frontier_words(results, study.objectives, baselines, found.picked),
             lambda: (
-                "Every finished point with its 95% Wilson intervals. Filled: projected; "
+                "Every finished point with its 95% intervals. Filled: projected; "
                 "hollow: not. The steps are each model's frontier,"
                 " the stars its aligned model before fine-tuning."
                 + (" A ring marks the point that `ebbline pick` chose." if found.picked else "")
@@ -147,7 +147,7 @@ def pictures_of(found: Findings) -> dict[str, FigureToDraw]:
         "thresholds": FigureToDraw(
             lambda: threshold_figure(results, names, baselines),
             lambda: threshold_words(results, names, baselines),
-            lambda: f"{DEFENCE.words.against} 95% Wilson intervals.",
+            lambda: f"{DEFENCE.words.against} 95% intervals.",
         ),
         "before-after": FigureToDraw(
             lambda: before_after_figure(found.lines),

@@ -268,8 +268,10 @@ def _sizes(study: Study, results: Sequence[Result]) -> list[str]:
             sentences.append(f"{trio.model}: fine-tuned is {tuned}; nothing is projected.")
         else:
             how = (
-                f"holds the refusal floor of {floor}"
+                f"is confirmed to hold the refusal floor of {floor}"
                 if trio.holds
+                else f"meets the refusal floor of {floor} as a candidate"
+                if trio.meets
                 else f"comes nearest to the refusal floor of {floor}, below it"
             )
             settings = settings_label(trio.shipped.point)

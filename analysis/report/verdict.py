@@ -52,12 +52,21 @@ def verdict(study: Study, results: Sequence[Result], lines: Sequence[Line]) -> s
         floor = f"the floor of {percent(study.refusal_floor)}"
         parts.append(
             _count(
-                sum(trio.holds for trio in projected),
+                sum(trio.meets for trio in projected),
                 len(projected),
-                f"{floor} was reached",
+                f"{floor} has a candidate",
                 f"{floor} was not reached",
             )
         )
+        if any(trio.meets for trio in projected):
+            parts.append(
+                _count(
+                    sum(trio.holds for trio in projected),
+                    len(projected),
+                    "it is confirmed to hold",
+                    "it is not confirmed to hold",
+                )
+            )
     cost = _moves(_lines(lines, useful), "projection")
     if useful is not None and cost:
         label = metric_label(useful)
@@ -118,17 +127,10 @@ def shown_effects(
                 _shown(_moves(own, "both"), "higher"),
             ),
         ]
-    surely = [
-        line.states["shipped"].interval[0] >= study.refusal_floor
-        for line in refusals
-        if "shipped" in line.states
-    ]
+    holds = [trio.holds for trio in trios(study, results) if trio.shipped is not None]
     floor = percent(study.refusal_floor)
     found.append(
-        (
-            f"A projected point refuses at least {floor}, with its whole interval",
-            _of(sum(surely), len(surely)),
-        )
+        (f"A projected setting refuses at least {floor}, confirmed", _of(sum(holds), len(holds)))
     )
     return found
 

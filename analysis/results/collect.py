@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 
 from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.measurements import Subject, operating_point, refusal_metric
+from ebbline.analysis.results.picks.confirmed import with_confirmations
 from ebbline.analysis.results.statistics import Agreement, SamplesBySeed, pooled_agreement
 from ebbline.analysis.results.wording import natural, settings_label
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.cluster.store.resolver import Resolver
+from ebbline.sweeps.drive.confirming import confirming_view
 from ebbline.sweeps.state.outcome import costs_of, lasting_results, metrics_of, results_of
 from ebbline.sweeps.state.result_cache import ResultCache
 from ebbline.sweeps.state.spending import Spent, read_spent
@@ -35,8 +37,17 @@ from ebbline.tasks.stage import Stage, closure
 def collect(view: StudyView) -> list[Result]:
     """All points proposed so far, in that order: done, failed, invalid, running or skipped.
 
-    A failed point and an invalid one have a reason.
+    A failed point and an invalid one have a reason. A point that `ebbline confirm` has measured
+    again has that, too.
     """
+    results = _collected(view)
+    confirming = confirming_view(view)
+    if confirming is None:
+        return results
+    return with_confirmations(results, view.study, confirming.study, _collected(confirming))
+
+
+def _collected(view: StudyView) -> list[Result]:
     entries, _ = read(view.study, view.database)
     results = results_of(
         view.study, entries, view.graph, Resolver(view.home.store), _cached(view, entries)
@@ -102,7 +113,7 @@ def projections(
     for model in sorted({result.point.model for result in finished(results)}, key=natural):
         own = [result for result in finished(results) if result.point.model == model]
         picked = operating_point(study, own, refusal) if refusal is not None else None
-        first = own[0] if picked is None else picked[0]
+        first = own[0] if picked is None else picked.result
         shown: dict[str, ProjectedRows] = {}
         seen: set[str] = set()
         for result in [first, *own]:

@@ -28,6 +28,7 @@ from ebbline.analysis.results.wording import (
     metric_label,
     natural,
     percent,
+    spread_label,
     undecided_label,
 )
 from ebbline.cluster.profile import Profile
@@ -176,11 +177,13 @@ def frontier_cells(frame: pd.DataFrame, metrics: Sequence[str] | None = None) ->
         for share in rows[DEFENCE.words.share]
     ]
     for name in metrics:
-        columns = (name, f"{name}_low", f"{name}_high", f"{name}_undecided")
+        columns = (name, f"{name}_low", f"{name}_high", f"{name}_undecided", f"{name}_seed_sd")
         cells[metric_column(name)] = [
             ""
             if pd.isna(row[0])
-            else in_percent(*row[:3]) + undecided_label(int(row[3]), " (", ")")
+            else in_percent(*row[:3])
+            + ("" if pd.isna(row[4]) else f", seeds sd {100 * row[4]:.1f}")
+            + undecided_label(int(row[3]), " (", ")")
             for row in zip(*(rows[column] for column in columns), strict=True)
         ]
     return cells
@@ -192,8 +195,12 @@ def in_percent(value: float, low: float, high: float) -> str:
 
 
 def metric_cell(metric: Metric) -> str:
-    """A metric for a table's cell: "98.8 [96.4, 99.6] (3 undecided)"."""
-    return in_percent(metric.value, *metric.interval) + undecided_label(metric.undecided, " (", ")")
+    """A metric for a table's cell: "98.8 [96.4, 99.6], 3 seeds sd 9.1 (3 undecided)"."""
+    return (
+        in_percent(metric.value, *metric.interval)
+        + spread_label(metric, ", ")
+        + undecided_label(metric.undecided, " (", ")")
+    )
 
 
 def in_points(difference: float) -> str:
@@ -219,7 +226,8 @@ def frontier_text(
             table,
             *left_out_line(left_out),
             "",
-            "[low, high] is the 95% Wilson interval; * is on the frontier over all models.",
+            "[low, high] is the 95% interval over prompts (Wilson's of rates, normal of means); "
+            "* is on the frontier over all models.",
         ]
     )
 
@@ -306,7 +314,7 @@ def shipped(study: Study, results: Sequence[Result]) -> dict[str, Result]:
             study, [result for result in finished(results) if result.point.model == model], refusal
         )
         if picked is not None:
-            found[model] = picked[0]
+            found[model] = picked.result
     return found
 
 

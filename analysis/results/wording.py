@@ -110,8 +110,14 @@ def measured(metric: Metric) -> str:
     low, high = metric.interval
     return (
         f"{percent(metric.value)} (95% interval {percent(low)} to {percent(high)}, n = {metric.n}"
-        f"{undecided_label(metric.undecided, ', ')})"
+        f"{spread_label(metric, ', ')}{undecided_label(metric.undecided, ', ')})"
     )
+
+
+def spread_label(metric: Metric, before: str = "") -> str:
+    """`3 seeds sd 9.1`, the spread between seeds in percentage points; empty for one seed."""
+    spread = metric.between_seeds
+    return "" if spread is None else f"{before}{len(metric.seeds)} seeds sd {100 * spread:.1f}"
 
 
 def undecided_label(count: int, before: str = "", after: str = "") -> str:

@@ -254,7 +254,7 @@ def _tables(
 ) -> Iterator[tuple[str, pd.DataFrame]]:
     caption = f"Operating points, {in_words(floors)}"
     for side, own in zip((found.before, found.after), size.picks, strict=True):
-        lacking = "" if own.holds else f", the nearest point: {missed_by(own, None)}"
+        lacking = "" if own.meets else f", the nearest point: {missed_by(own, None)}"
         caption += f"; {side.label}: {named(own.result)}{lacking}"
     rows = [
         (directed_label(name), short_label(one.before), short_label(one.after), moved_label(one))
@@ -278,12 +278,14 @@ def short_label(metric: Metric) -> str:
 
 
 def moved_label(found: Comparison) -> str:
+    between = found.between
+    about = "" if between is None else f", setting, {between.seeds} seeds"
     if found.paired is None:
-        return f"{found.move} (by intervals)"
-    low, high = found.paired.interval
+        return f"{found.move} (by intervals{about})"
+    low, high = found.interval
     return (
         f"{found.move} (paired, {in_points(found.paired.difference)} points [{in_points(low)}, "
-        f"{in_points(high)}])"
+        f"{in_points(high)}]{about})"
     )
 
 
@@ -352,7 +354,13 @@ def _json(found: StudyComparison) -> dict[str, Any]:
             {
                 "model": size.model,
                 "operating_points": [
-                    {"number": each.result.number, "holds": each.holds} for each in size.picks
+                    {
+                        "number": each.result.number,
+                        "meets": each.meets,
+                        "holds": each.holds,
+                        "standing": each.standing,
+                    }
+                    for each in size.picks
                 ],
                 "at_operating_points": {
                     name: comparison_json(each) for name, each in size.at_picks.items()
@@ -397,4 +405,21 @@ def comparison_json(found: Comparison) -> Mapping[str, Any]:
             "p_value_uncorrected": test.p_value,
             "prompts": test.items,
         }
-    return {**sides, "move": found.move, "paired": paired}
+    between = None
+    if found.between is not None:
+        over = found.between
+        between = {
+            "difference": over.difference,
+            "interval": over.interval,
+            "p_value_uncorrected": over.p_value,
+            "degrees_of_freedom": over.freedom,
+            "seeds": over.seeds,
+            "paired": over.paired,
+        }
+    return {
+        **sides,
+        "move": found.move,
+        "about": "setting" if found.is_about_setting else "adapter",
+        "paired": paired,
+        "over_seeds": between,
+    }

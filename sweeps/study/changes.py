@@ -223,13 +223,16 @@ FIRST_FIELDS = (
 def lasting(dump: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a dumped study that may not change once it has run.
 
-    It leaves out the budget, the placement, `search.order`, `search.stop`, and the paths of pinned
+    It leaves out the budget, `confirm` (its own study is frozen when it begins), the placement,
+    `search.order`, `search.stop`, and the paths of pinned
     content. Fields that earlier versions lacked are left out at their defaults. A missing sampler
     counts as tpe, the only default of earlier versions.
     """
     plain = {"replicates": Replicates().model_dump(mode="json"), "adapters": {}}
     kept = {
-        key: value for key, value in dump.items() if key != "budget" and value != plain.get(key)
+        key: value
+        for key, value in dump.items()
+        if key not in ("budget", "confirm") and value != plain.get(key)
     }
     models = {
         name: {key: value for key, value in model.items() if key not in PLACEMENT}

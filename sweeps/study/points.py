@@ -167,6 +167,25 @@ def ended(reason: str) -> Status:
 
 
 @dataclass(frozen=True)
+class Confirmed:
+    """What `ebbline confirm` measured of a point, on prompts that chose nothing.
+
+    `adapters` has the metrics of each adapter of the study, by its training seed. `setting` has the
+    metrics over the fresh seeds in `seeds`; it is empty for an adapter that the study did not
+    train. `among` counts the points that were confirmed: each claim is corrected for them. `study`,
+    `number` and `keys` say where the measurements are.
+    """
+
+    study: str
+    number: int
+    among: int
+    adapters: Mapping[int, Mapping[str, Metric]]
+    setting: Mapping[str, Metric] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Result:
     """One point of a study: its metrics by full name (`refusal.refusal_rate`), pooled over seeds,
     or `reason` when it has none.
@@ -180,6 +199,8 @@ class Result:
     `keys` maps the name of a stage (`train[seed=0]`) to its key in the store. `seconds` is the run
     time of the stages, including stages shared with earlier points. `costs` maps the key of each of
     its stages, and of the stages above them, to its cost.
+
+    `confirmed` is what was measured of it after the search; None before that.
     """
 
     number: int
@@ -192,6 +213,7 @@ class Result:
     changed_share: float | None = None
     costs: Mapping[str, Cost] = field(default_factory=dict)
     same_as: int | None = None
+    confirmed: Confirmed | None = None
 
 
 def distinct(results: Sequence[Result]) -> list[Result]:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from ebbline.sweeps.study.axes import AxisValue, distinct
+from ebbline.sweeps.study.references import DataRef
 from ebbline.tasks.specs import Count, Frozen, Number, Positive, Seed
 
 Order = Literal["as_they_land", "in_turn"]
@@ -122,6 +123,24 @@ class Search(Frozen):
         turn, and to the rivals of a race in either order.
         """
         return self.window or DEFAULT_WINDOW
+
+
+FRESH_SEEDS = (101, 102, 103, 104, 105)
+FEWEST_FRESH = 3
+
+
+class Confirm(Frozen):
+    """What `ebbline confirm` measures the nominated points with: nothing of it may choose a point.
+
+    `suites` maps a suite to other prompts for it, which no search and no training has. `seeds` are
+    training seeds that the search does not use; at least FEWEST_FRESH, because a claim about a
+    setting rests on them.
+    """
+
+    suites: Annotated[dict[Name, DataRef], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=FEWEST_FRESH), AfterValidator(distinct)] = (
+        FRESH_SEEDS
+    )
 
 
 class Budget(Frozen):

@@ -272,7 +272,7 @@ class StageGraph:
         model, entry = self.study.models[name], self.study.suites[suite]
         inputs: dict[str, Input] = {
             "model": self._families[name].aligned,
-            "prompts": self._rows(entry.prompts),
+            "prompts": self.rows(entry.prompts),
         }
         if adapter is not None:
             inputs["adapter"] = adapter
@@ -349,16 +349,17 @@ class StageGraph:
         return self._outside(reference.path or reference.hub, "model")
 
     def _data(self, data: Data, settings: DataSpec) -> Stage:
-        inputs = {"pool": self._rows(data.pool)}
+        inputs = {"pool": self.rows(data.pool)}
         if settings.mix_share > 0:
             if data.mix is None:
                 raise StudyError(
                     f"data.mix_share is {settings.mix_share}, but data.mix names no second set"
                 )
-            inputs["mix"] = self._rows(data.mix)
+            inputs["mix"] = self.rows(data.mix)
         return Stage(settings, inputs)
 
-    def _rows(self, reference: DataRef) -> Input:
+    def rows(self, reference: DataRef) -> Input:
+        """The rows of a reference, as stages read them."""
         if reference.language is not None:
             return Part(self._language, reference.language)
         return self._outside(reference.path or reference.hub, "dataset")

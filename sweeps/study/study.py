@@ -21,6 +21,7 @@ from ebbline.sweeps.study.policies import (
     SURROGATE_AXES,
     TPE_POINTS,
     Budget,
+    Confirm,
     Constraints,
     Name,
     Replicates,
@@ -180,6 +181,7 @@ class Study(Frozen):
     objectives: Annotated[tuple[str, ...], Field(min_length=1)]
     refusal_floor: Annotated[Number, Field(ge=0.0, le=1.0)] = 0.9
     search: Search = Search()
+    confirm: Confirm | None = None
     budget: Budget = Budget()
 
     @model_validator(mode="after")
@@ -390,6 +392,31 @@ class Study(Frozen):
         if len(set(names)) != len(names):
             raise ValueError(f"objectives: duplicate objective in {list(self.objectives)}")
         object.__setattr__(self, "objectives", tuple(names))  # full names
+        return self
+
+    @model_validator(mode="after")
+    def _confirmation_is_fresh(self) -> Self:
+        if self.confirm is None:
+            return self
+        for suite in self.confirm.suites:
+            if suite not in self.suites:
+                raise ValueError(f"confirm.suites.{suite}: {unknown(suite, set(self.suites))}")
+            if self.confirm.suites[suite] == self.suites[suite].prompts:
+                raise ValueError(
+                    f"confirm.suites.{suite}: these are the prompts of the search; give others, "
+                    "which choose nothing"
+                )
+        refusal = (self.refusal_metric or "").rpartition(".")[0]
+        if refusal and refusal not in self.confirm.suites:
+            raise ValueError(
+                f"confirm.suites: {refusal} is missing, and the refusal floor is about it"
+            )
+        shared = sorted({*self.seeds} & {*self.confirm.seeds})
+        if shared:
+            raise ValueError(
+                f"confirm.seeds: the search uses {', '.join(map(str, shared))} too; give seeds "
+                "that no point of the search has"
+            )
         return self
 
     @model_validator(mode="after")

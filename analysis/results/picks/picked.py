@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ebbline.analysis.results.claims.between_seeds import setting_interval
 from ebbline.analysis.results.measurements import (
     NO_EVIDENCE,
     Comparison,
@@ -12,13 +13,16 @@ from ebbline.analysis.results.measurements import (
     pairs_with_aligned,
     usefulness_metric,
 )
+from ebbline.analysis.results.picks.confirmed import lines_of_confirmed
 from ebbline.analysis.results.picks.floors import (
     CONFIDENCE,
     Floor,
     Pick,
+    adapter_standing,
     bound,
     floor_confidence,
     slack,
+    standing,
 )
 from ebbline.analysis.results.tables import in_points
 from ebbline.analysis.results.wording import measured, metric_label, percent, settings_label
@@ -84,7 +88,7 @@ def lines_of(study: Study, found: Pick) -> Iterator[str]:
         )
         least = "at least" if floor.up else "at most"
         yield (
-            f"{edge} held: confidence {picked}, allowing for the pick among {found.among} "
+            f"{edge} met: confidence {picked}, allowing for the pick among {found.among} "
             f"points ({alone} for this point by itself)"
         )
         yield (
@@ -96,6 +100,7 @@ def lines_of(study: Study, found: Pick) -> Iterator[str]:
         floor.metric for floor in found.floors
     ]:
         yield f"{metric_label(found.maximised)} {measured(found.result.metrics[found.maximised])}"
+    yield from lines_of_confirmed(found.result, found.floors)
     seeds = seeds_of(found.result)
     yield (
         "an adapter from outside: the result of another training of it is unknown"
@@ -138,7 +143,7 @@ class Gain:
                 "measurably higher"
             )
         return (
-            f"no better than not fine-tuning: before it, the model's {name} is {before}, and the "
+            f"no gain over not fine-tuning: before it, the model's {name} is {before}, and the "
             "difference may be chance"
         )
 
@@ -191,7 +196,11 @@ def picked_json(study: Study, found: Pick) -> dict[str, Any]:
         "point": result.point.id,
         "settings": dict(result.point.values),
         DEFENCE.words.share: result.changed_share,
+        "meets": found.meets,
         "holds": found.holds,
+        "standing": found.standing,
+        "standing_of_setting": standing(result, found.floors, "setting"),
+        "confirmed": confirmed_json(found),
         "picked_among": found.among,
         "maximised": None if found.by_hand else found.maximised,
         "named_by_hand": found.by_hand,
@@ -210,6 +219,42 @@ def picked_json(study: Study, found: Pick) -> dict[str, Any]:
             for name, m in sorted(result.metrics.items())
         },
         "keys": dict(sorted(result.keys.items())),
+    }
+
+
+def confirmed_json(found: Pick) -> dict[str, Any] | None:
+    """What was confirmed of a pick; None for a candidate."""
+    confirmed = found.result.confirmed
+    if confirmed is None:
+        return None
+    return {
+        "study": confirmed.study,
+        "number": confirmed.number,
+        "points_confirmed": confirmed.among,
+        "fresh_seeds": list(confirmed.seeds),
+        "adapters": {
+            str(seed): {
+                "standing": adapter_standing(found.result, found.floors, seed),
+                "metrics": {name: _metric_json(each) for name, each in sorted(metrics.items())},
+            }
+            for seed, metrics in confirmed.adapters.items()
+        },
+        "setting": {
+            name: {**_metric_json(each), "interval_over_seeds": list(setting_interval(each))}
+            for name, each in sorted(confirmed.setting.items())
+        },
+        "keys": dict(sorted(confirmed.keys.items())),
+    }
+
+
+def _metric_json(metric: Metric) -> dict[str, Any]:
+    return {
+        "value": metric.value,
+        "low": metric.interval[0],
+        "high": metric.interval[1],
+        "n": metric.n,
+        "undecided": metric.undecided,
+        "seeds": list(metric.seeds),
     }
 
 
