@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ebbline.analysis.results.before_after import Line, before_after
-from ebbline.analysis.results.claims.between_seeds import FEWEST_SEEDS
+from ebbline.analysis.results.claims.between_seeds import FEWEST_SEEDS, crossed_spreads
 from ebbline.analysis.results.frontier import finished, objective_values
 from ebbline.analysis.results.measurements import (
     LEVEL,
@@ -18,13 +18,14 @@ from ebbline.analysis.results.measurements import (
     Baselines,
     Comparison,
     Evidence,
+    Measurement,
     Move,
     better_unprojected,
     compared,
-    compared_with_aligned,
     is_projected,
     measurement,
     operating_point,
+    pairs_with_aligned,
     partners,
     refusal_metric,
     unprojected,
@@ -74,16 +75,15 @@ def answer(
     lines = before_after(study, results, baselines, evidence) if lines is None else lines
     paragraphs: list[str] = []
     comparisons: list[Comparison] = []
-    for model in sorted({result.point.model for result in done}, key=natural):
-        own = [result for result in done if result.point.model == model]
+    models = sorted({result.point.model for result in done}, key=natural)
+    by_model = {
+        model: [result for result in done if result.point.model == model] for model in models
+    }
+    moves = _moves(by_model, baselines, refusal, evidence)
+    for model, own in by_model.items():
         aligned = baselines.get(model, {}).get(refusal)
         plain = list(unprojected(own).values())
-        from_tuning = (
-            []
-            if aligned is None
-            else compared_with_aligned(model, aligned, plain, refusal, evidence)
-        )
-        from_projection = _against_unprojected(own, refusal, evidence)
+        from_tuning, from_projection = moves[model]
         paragraphs += [
             _fine_tuning(model, plain, refusal, aligned, from_tuning),
             _projection(model, own, from_projection),
@@ -100,23 +100,47 @@ def answer(
             changes = {name: found[name] for name in names if picked.meets and name in found}
             paragraphs.append(_pick(study, model, own, refusal, picked, changes))
             comparisons += changes.values()
-    return [*paragraphs, *_unfinished(results), _caution(done, refusal, comparisons)]
+    return [*paragraphs, *_unfinished(results), _caution(study, done, refusal, comparisons)]
 
 
-def _against_unprojected(own: Sequence[Result], name: str, evidence: Evidence) -> list[Comparison]:
-    """Compares each projected result with the unprojected result of the same training."""
+def _moves(
+    by_model: Mapping[str, Sequence[Result]],
+    baselines: Baselines,
+    name: str,
+    evidence: Evidence,
+) -> dict[str, tuple[list[Comparison], list[Comparison]]]:
+    """Model -> its comparisons by fine-tuning and by projection. Those of all models are one
+    family: their p-values are corrected together.
+    """
+    tuned, projected = {}, {}
+    for model, own in by_model.items():
+        aligned = baselines.get(model, {}).get(name)
+        plain = list(unprojected(own).values())
+        tuned[model] = (
+            [] if aligned is None else pairs_with_aligned(model, aligned, plain, name, evidence)
+        )
+        projected[model] = _pairs_with_unprojected(own, name, evidence)
+    found = iter(compared([p for own in (tuned, projected) for ps in own.values() for p in ps]))
+    counted = [
+        {model: [next(found) for _ in pairs] for model, pairs in own.items()}
+        for own in (tuned, projected)
+    ]
+    return {model: (counted[0][model], counted[1][model]) for model in by_model}
+
+
+def _pairs_with_unprojected(
+    own: Sequence[Result], name: str, evidence: Evidence
+) -> list[tuple[Measurement, Measurement]]:
+    """Each projected result behind the unprojected result of the same training."""
     partner_of = partners(own)
-    pairs = [
-        (partner_of[without_defence(result.point)], result)
+    return [
+        (
+            measurement(partner_of[without_defence(result.point)], name, evidence),
+            measurement(result, name, evidence),
+        )
         for result in own
         if is_projected(result) and without_defence(result.point) in partner_of
     ]
-    return compared(
-        [
-            (measurement(partner, name, evidence), measurement(result, name, evidence))
-            for partner, result in pairs
-        ]
-    )
 
 
 def _fine_tuning(
@@ -331,7 +355,9 @@ def _unfinished(results: Sequence[Result]) -> list[str]:
     return sentences
 
 
-def _caution(done: Sequence[Result], refusal: str, comparisons: Sequence[Comparison]) -> str:
+def _caution(
+    study: Study, done: Sequence[Result], refusal: str, comparisons: Sequence[Comparison]
+) -> str:
     """Explains "higher" and "lower", and what the intervals do not cover."""
     metrics = [metric for result in done for metric in result.metrics.values()]
     one_seed = (
@@ -348,7 +374,7 @@ def _caution(done: Sequence[Result], refusal: str, comparisons: Sequence[Compari
         meaning(comparisons),
         f"The intervals of rates are Wilson's{means}. They cover the sampling of prompts, "
         f"not of trainings{one_seed}.",
-        *_between_seeds([result.metrics[refusal] for result in done], metric_label(refusal)),
+        *_between_seeds(study, [result.metrics[refusal] for result in done], refusal),
         "A point picked as the best of many looks better than it is.",
     ]
     undecided = max(metric.undecided / metric.n for metric in metrics)
@@ -375,8 +401,8 @@ def meaning(comparisons: Sequence[Comparison]) -> str:
         "Higher and lower, where paired, mean that the same prompts differ: the 95% "
         "bootstrap interval of the difference leaves"
         f" out 0, and {test} has p < {LEVEL:g}. This p-value is corrected by Benjamini and "
-        "Hochberg for all comparisons in the"
-        " same sentence or table."
+        "Hochberg for the whole family: all models of"
+        " the same sentences or table. It does not allow for the choice of a picked point."
         + ("" if len(tests) == len(comparisons) else f" Elsewhere they {by_intervals}.")
         + about(comparisons)
     )
@@ -406,11 +432,47 @@ def _counts(seeds: Sequence[int]) -> str:
     return str(few) if few == most else f"{few} to {most}"
 
 
-def _between_seeds(metrics: Sequence[Metric], label: str) -> list[str]:
+def _between_seeds(study: Study, metrics: Sequence[Metric], name: str) -> list[str]:
+    """How far the seeds' values are apart, and what that spread contains."""
     spreads = [metric.between_seeds for metric in metrics if metric.between_seeds is not None]
     if not spreads:
         return []
-    typical = math.sqrt(sum(spread**2 for spread in spreads) / len(spreads))
+    typical = _root_mean_square(spreads)
     most = f" (at most {100 * max(spreads):.1f})" if len(spreads) > 1 else ""
     varies = f"varies by a standard deviation of {100 * typical:.1f} points{most}"
-    return [f"Between seeds the {label} {varies}; the intervals do not cover that."]
+    return [
+        f"Between seeds the {metric_label(name)} {varies}; the intervals of rates do not cover "
+        f"that. {_contents(study, metrics)}"
+    ]
+
+
+def _contents(study: Study, metrics: Sequence[Metric]) -> str:
+    if study.train is None:
+        return "The adapters were trained elsewhere, so what their spread contains is not known."
+    if study.subsets is None:
+        return "Each seed draws its own rows and its own training, so the spread contains both."
+    if study.subsets == 1:
+        return "All seeds train on the same rows, so the spread is that of the training alone."
+    found = [
+        each
+        for metric in metrics
+        if (each := crossed_spreads(metric.seeds, study.subsets)) is not None
+    ]
+    if not found:
+        return (
+            "Trainings are crossed with subsets of the data, and no point has two of each, so "
+            "their spreads are not told apart."
+        )
+    training, data, rest = (
+        100 * _root_mean_square([getattr(each, part) for each in found])
+        for part in ("training", "data", "rest")
+    )
+    return (
+        f"Trainings are crossed with {study.subsets} subsets of the data: {training:.1f} points of "
+        f"it are between trainings, {data:.1f} between subsets, {rest:.1f} are left. The t tests "
+        "take all seeds as independent, which crossed ones are not."
+    )
+
+
+def _root_mean_square(values: Sequence[float]) -> float:
+    return math.sqrt(sum(value**2 for value in values) / len(values))

@@ -2,8 +2,8 @@
 changes.
 
 Invariants: the projected point comes from the training of the fine-tuned point, so the two differ
-by projection alone. The comparisons of one metric are reported together, so their p-values are
-corrected together.
+by projection alone. All comparisons of a study's models, metrics and steps are one family: their
+p-values are corrected together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -130,35 +130,33 @@ def before_after(
     A metric without a measurement is omitted.
     """
     sizes = trios(study, results)
-    return [
-        line
-        for name in reported_metrics(study)
-        for line in _lines(name, sizes, baselines, evidence)
-    ]
-
-
-def _lines(
-    name: str, sizes: Sequence[Trio], baselines: Baselines, evidence: Evidence
-) -> list[Line]:
     found = [
-        (trio.model, states)
+        (trio.model, name, states)
+        for name in reported_metrics(study)
         for trio in sizes
         if (states := _states(trio, name, baselines, evidence))
     ]
     pairs = [
-        (model, step, _paired_once(states[before], states[after], before))
-        for model, states in found
+        ((model, name), step, _paired_once(states[before], states[after], before))
+        for model, name, states in found
         for step, (before, after) in STEPS.items()
         if before in states and after in states
     ]
-    changes: dict[str, dict[Step, Comparison]] = {model: {} for model, _ in found}
-    for (model, step, _), comparison in zip(
+    changes: dict[tuple[str, str], dict[Step, Comparison]] = {
+        (model, name): {} for model, name, _ in found
+    }
+    for (place, step, _), comparison in zip(
         pairs, compared([pair for _, _, pair in pairs]), strict=True
     ):
-        changes[model][step] = comparison
+        changes[place][step] = comparison
     return [
-        Line(model, name, {state: side.metric for state, side in states.items()}, changes[model])
-        for model, states in found
+        Line(
+            model,
+            name,
+            {state: side.metric for state, side in states.items()},
+            changes[model, name],
+        )
+        for model, name, states in found
     ]
 
 

@@ -55,13 +55,21 @@ class Volumes:
     """The hypervolumes of two frontiers, and a 95% bootstrap interval of their difference.
 
     The bootstrap is over prompts. `paired` tells that both studies have the same prompts and were
-    resampled together. The interval is None where samples are missing.
+    resampled together. The interval is None where samples are missing. `points` counts the
+    different points behind each: a frontier of more noisy points reaches further, so unequal counts
+    support no verdict.
     """
 
     before: float
     after: float
     interval: tuple[float, float] | None = None
     paired: bool = False
+    points: tuple[int, int] = (0, 0)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether a difference may be called larger or smaller."""
+        return self.points[0] == self.points[1]
 
     @property
     def difference(self) -> float:
@@ -236,13 +244,14 @@ def volumes(
     """
     sides = before.of(model), after.of(model)
     one, other = (frontier_hypervolume(own, objectives) for own in sides)
+    points = len(distinct(sides[0])), len(distinct(sides[1]))
     found = [
         _shares(own, objectives, side.evidence)
         for own, side in zip(sides, (before, after), strict=True)
     ]
     first, second = found
     if first is None or second is None:
-        return Volumes(one, other)
+        return Volumes(one, other, points=points)
     suites = {name: name.rpartition(".")[0] for name in objectives}
     paired = not any(suite in apart for suite in suites.values()) and all(
         first[name].ids == second[name].ids for name in objectives
@@ -280,7 +289,7 @@ def volumes(
             - drawn_volume(first, before_drawn, best=False)
         )
     interval = float(np.quantile(least, 0.025)), float(np.quantile(most, 0.975))
-    return Volumes(one, other, interval, paired)
+    return Volumes(one, other, interval, paired, points)
 
 
 @dataclass(frozen=True)

@@ -213,11 +213,11 @@ def _sections(
 def _notes(size: ModelComparison) -> Iterator[str]:
     if size.volumes is not None:
         yield f"hypervolume of the frontier {_volumes(size.volumes)}"
-        before, after = (each.among for each in size.picks)
-        if before != after:
+        if not size.volumes.comparable:
+            before, after = size.volumes.points
             yield (
-                f"the frontiers come from {before} and {after} different points; a frontier of "
-                "more points reaches further"
+                f"no verdict on the hypervolume: the frontiers come from {before} and {after} "
+                "different points, and a frontier of more points reaches further by chance alone"
             )
     if not size.shared:
         yield "no point has the same settings in both"
@@ -245,14 +245,18 @@ def _volumes(found: Volumes) -> str:
         if found.paired
         else "over each study's own prompts, which differ"
     )
-    sure = "" if low <= 0 <= high else f", so {'larger' if low > 0 else 'smaller'}"
-    return f"{text} (95% bootstrap {how}: {low:+.3f} to {high:+.3f}{sure if found.paired else ''})"
+    shown = not low <= 0 <= high and found.paired and found.comparable
+    sure = f", so {'larger' if low > 0 else 'smaller'}" if shown else ""
+    return f"{text} (95% bootstrap {how}: {low:+.3f} to {high:+.3f}{sure})"
 
 
 def _tables(
     size: ModelComparison, found: StudyComparison, floors: Sequence[Floor]
 ) -> Iterator[tuple[str, pd.DataFrame]]:
-    caption = f"Operating points, {in_words(floors)}"
+    caption = (
+        f"Operating points, {in_words(floors)}; they were picked by these numbers, which the "
+        "p-values do not allow for"
+    )
     for side, own in zip((found.before, found.after), size.picks, strict=True):
         lacking = "" if own.meets else f", the nearest point: {missed_by(own, None)}"
         caption += f"; {side.label}: {named(own.result)}{lacking}"
@@ -378,6 +382,8 @@ def _json(found: StudyComparison) -> dict[str, Any]:
                     "difference": size.volumes.difference,
                     "interval": size.volumes.interval,
                     "paired": size.volumes.paired,
+                    "points": list(size.volumes.points),
+                    "comparable": size.volumes.comparable,
                 },
             }
             for size in found.sizes

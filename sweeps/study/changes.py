@@ -228,7 +228,11 @@ def lasting(dump: Mapping[str, Any]) -> dict[str, Any]:
     content. Fields that earlier versions lacked are left out at their defaults. A missing sampler
     counts as tpe, the only default of earlier versions.
     """
-    plain = {"replicates": Replicates().model_dump(mode="json"), "adapters": {}}
+    plain = {
+        "replicates": Replicates().model_dump(mode="json"),
+        "adapters": {},
+        "subsets": None,
+    }
     kept = {
         key: value
         for key, value in dump.items()

@@ -223,10 +223,11 @@ class StageGraph:
         if self.study.data is None or self.study.train is None:
             raise StudyError("the study has no `train`, so its points are those of `adapters`")
         model = self.study.models[name]
+        of_training, of_data = self.study.drawn_by(seed)
         data = self._data(
-            self.study.data, _with(self.study.data.settings, "data", values, seed=seed)
+            self.study.data, _with(self.study.data.settings, "data", values, seed=of_data)
         )
-        settings = _with(model.train_settings(self.study.train), "train", values, seed=seed)
+        settings = _with(model.train_settings(self.study.train), "train", values, seed=of_training)
         inputs = {"model": self._families[name].aligned, "data": Part(data, DataSpec.ROWS)}
         train = Stage(settings, inputs)
         if settings.method == "full":

@@ -175,6 +175,7 @@ class Study(Frozen):
     language: Seed = 0
     axes: dict[str, Axis]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(distinct)] = (0,)
+    subsets: Count | None = None
     replicates: Replicates = Replicates()
     judges: Annotated[dict[Name, Judge], AfterValidator(_distinct_files)] = {}
     suites: Annotated[dict[Name, SuiteEntry], AfterValidator(_distinct_files)] = Field(min_length=1)
@@ -317,6 +318,17 @@ class Study(Frozen):
             settings = self.models[model].train_settings(settings)
         return None if settings is None else getattr(settings, name)
 
+    def drawn_by(self, seed: int) -> tuple[int, int]:
+        """(seed of the training, seed of the data) of one of `seeds`.
+
+        Without `subsets` both are the seed itself. With k subsets, the place of a seed modulo k is
+        its subset, and k seeds after one another have the first one's training seed.
+        """
+        if self.subsets is None:
+            return seed, seed
+        place = self.seeds.index(seed)
+        return self.seeds[place - place % self.subsets], place % self.subsets
+
     @property
     def first_seeds(self) -> int:
         """The number of seeds that every point has."""
@@ -392,6 +404,17 @@ class Study(Frozen):
         if len(set(names)) != len(names):
             raise ValueError(f"objectives: duplicate objective in {list(self.objectives)}")
         object.__setattr__(self, "objectives", tuple(names))  # full names
+        return self
+
+    @model_validator(mode="after")
+    def _subsets_divide_the_seeds(self) -> Self:
+        fresh = () if self.confirm is None else self.confirm.seeds
+        for where, seeds in (("seeds", self.seeds), ("confirm.seeds", fresh)):
+            if self.subsets is not None and len(seeds) % self.subsets:
+                raise ValueError(
+                    f"subsets: {self.subsets} subsets are crossed with the training seeds, so "
+                    f"{where} must be a multiple of them, not {len(seeds)}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -236,7 +236,8 @@ def test_the_aligned_model_is_paired_with_every_seed(study: Study) -> None:
     assert "the exact sign test, in which a prompt counts once, has p < 0.05" in text
     assert (
         "Between seeds the refusal rate varies by a standard deviation of 2.8 points; the "
-        "intervals do not cover that." in text
+        "intervals of rates do not cover that. Each seed draws its own rows and its own training, "
+        "so the spread contains both." in text
     )
     assert "Elsewhere" not in text
     assert "rests on one training seed" not in text

@@ -10,6 +10,7 @@ from scipy.stats import ttest_1samp, ttest_ind, ttest_rel
 
 from ebbline.analysis.report.answer import meaning
 from ebbline.analysis.results.claims.between_seeds import (
+    crossed_spreads,
     over_paired_seeds,
     over_separate_seeds,
     satterthwaite,
@@ -133,3 +134,25 @@ def test_a_comparison_has_the_wider_end_of_both_intervals() -> None:
     assert isinstance(found, Comparison) and found.paired and found.between
     assert found.interval[0] == min(found.paired.interval[0], found.between.interval[0])
     assert found.interval[1] == max(found.paired.interval[1], found.between.interval[1])
+
+
+def test_the_spreads_of_trainings_and_of_subsets_are_told_apart() -> None:
+    """Additive effects, so nothing is left: +-10 points of the training, +-2 of the subset."""
+    found = crossed_spreads([0.5, 0.54, 0.7, 0.74], subsets=2)
+    assert found is not None and found.rest == pytest.approx(0, abs=1e-9)
+    assert found.training == pytest.approx(0.2 / np.sqrt(2))
+    assert found.data == pytest.approx(0.04 / np.sqrt(2))
+    assert crossed_spreads([0.5, 0.54], subsets=2) is None, "one training"
+    assert crossed_spreads([0.5, 0.54, 0.7], subsets=1) is None, "one subset"
+
+
+def test_the_estimates_of_crossed_spreads_have_no_bias() -> None:
+    rng = np.random.default_rng(0)
+    squares = []
+    for _ in range(400):
+        training, data = 0.1 * rng.normal(size=(4, 1)), 0.05 * rng.normal(size=(1, 4))
+        cell = 0.5 + training + data + 0.02 * rng.normal(size=(4, 4))
+        found = crossed_spreads(cell.ravel().tolist(), subsets=4)
+        assert found is not None
+        squares.append((found.training**2, found.data**2, found.rest**2))
+    assert np.sqrt(np.mean(squares, axis=0)) == pytest.approx((0.1, 0.05, 0.02), rel=0.1)

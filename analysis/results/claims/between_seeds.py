@@ -125,6 +125,36 @@ def _mean_and_error(metric: Metric) -> tuple[float, float]:
     return float(np.mean(values_S)), math.sqrt(_squared_error(values_S))
 
 
+@dataclass(frozen=True)
+class Spreads:
+    """Standard deviations of a crossed design: between trainings, between subsets of the data, and
+    what is left (their interaction, and the sampling of the answers).
+    """
+
+    training: float
+    data: float
+    rest: float
+
+
+def crossed_spreads(values_S: Sequence[float], subsets: int) -> Spreads | None:
+    """The spreads of values whose seeds cross trainings with `subsets` subsets, training by
+    training; None without two of each.
+
+    The variances are the moment estimates of the two-way random-effects model with one value for
+    each cell (Searle 1971); a negative one is 0.
+    """
+    if subsets < 2 or len(values_S) % subsets or len(values_S) // subsets < 2:
+        return None
+    values_TD = np.asarray(values_S, dtype=np.float64).reshape(-1, subsets)
+    trainings = len(values_TD)
+    mean_T, mean_D = values_TD.mean(axis=1), values_TD.mean(axis=0)
+    rest_TD = values_TD - mean_T[:, None] - mean_D[None, :] + values_TD.mean()
+    rest = float((rest_TD**2).sum()) / ((trainings - 1) * (subsets - 1))
+    training = max(0.0, float(np.var(mean_T, ddof=1)) - rest / subsets)
+    data = max(0.0, float(np.var(mean_D, ddof=1)) - rest / trainings)
+    return Spreads(math.sqrt(training), math.sqrt(data), math.sqrt(rest))
+
+
 def _squared_error(values_S: Sequence[float] | NDArray[np.float64]) -> float:
     """The squared standard error of the mean over seeds."""
     return float(np.var(values_S, ddof=1)) / len(values_S)
