@@ -339,7 +339,7 @@ def confirm(
     """Measure the points that a search nominated, on the prompts and the training seeds of the
     study's section `confirm`, which chose nothing. The report then states what holds.
     """
-    from ebbline.commands.confirm import confirm_study
+    from ebbline.commands.confirming.confirm import confirm_study
     from ebbline.commands.run import Place
     from ebbline.sweeps.study.view import StudyView
 

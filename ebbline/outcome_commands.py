@@ -162,6 +162,13 @@ def pick(
             "them.",
         ),
     ] = False,
+    each_category: Annotated[
+        bool,
+        typer.Option(
+            "--each-category",
+            help="Take only points of which every category of prompts meets the floors, too.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Find the point to ship: the most useful one that holds the floor, and how sure that is. Exit
@@ -171,7 +178,15 @@ def pick(
     from ebbline.sweeps.study.view import StudyView
 
     options = PickOptions(
-        tuple(floor or ()), maximise, model, point, confidence, seed, with_base, accept_unsure
+        tuple(floor or ()),
+        maximise,
+        model,
+        point,
+        confidence,
+        seed,
+        with_base,
+        accept_unsure,
+        each_category,
     )
     raise typer.Exit(pick_study(StudyView.open(home, study), options, export, as_json))
 

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,7 @@ from ebbline.analysis.figures.frontier import frontier_figure
 from ebbline.analysis.figures.knob import threshold_figure
 from ebbline.analysis.paper.bundle import ContentToBring, write_bundle
 from ebbline.analysis.paper.citations import EBBLINE, PAPERS, bibliography, cited
+from ebbline.analysis.paper.evidence import evidence_card
 from ebbline.analysis.paper.latex import (
     before_after_frame,
     before_after_table,
@@ -30,7 +31,13 @@ from ebbline.analysis.paper.latex import (
 )
 from ebbline.analysis.paper.methods import methods
 from ebbline.analysis.report.provenance import Provenance, provenance
-from ebbline.analysis.results.collect import artifacts_behind, baselines, collect, costs_before
+from ebbline.analysis.results.collect import (
+    artifacts_behind,
+    baselines,
+    collect,
+    costs_before,
+    keys_before,
+)
 from ebbline.analysis.results.measurements import Baselines, refusal_metric, usefulness_metric
 from ebbline.analysis.results.picks.choices import chosen
 from ebbline.analysis.results.tables import results_frame, write_tables
@@ -40,6 +47,7 @@ from ebbline.sweeps.drive.live import host_names
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.reading.overlaps import Shared, contamination
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
@@ -78,6 +86,8 @@ class ExportData:
     provenance: Provenance
     before: Mapping[str, Cost]
     picked: Sequence[Result] = ()
+    shared: Sequence[Shared] = ()
+    measured_before: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def write_export(view: StudyView, to: Path, styles: Sequence[Style]) -> Export:
@@ -122,6 +132,8 @@ def _read(view: StudyView) -> ExportData:
         provenance(view, results, artifacts),
         costs_before(view),
         chosen(results, view.folder),
+        list(contamination(view)),
+        keys_before(view),
     )
 
 
@@ -212,7 +224,17 @@ def _write(
         data.before,
         spent,
         home.profile,
+        data.shared,
     )
+    card = evidence_card(
+        data.study,
+        data.results,
+        data.baselines,
+        data.provenance,
+        data.shared,
+        data.measured_before,
+    )
+    write_whole(folder / "evidence.md", lambda path: path.write_text(card, "utf-8"))
     keys = list(dict.fromkeys([EBBLINE, *PAPERS, *cited(text)]))
     references = bibliography(keys, data.provenance.pins, data.provenance.build)
     write_whole(folder / "methods.md", lambda path: path.write_text(text, "utf-8"))
@@ -301,6 +323,7 @@ def _readme(data: ExportData, styles: Sequence[Style]) -> Iterator[str]:
         "and `_high` are its 95% interval"
     )
     yield "- `methods.md`, and `methods.tex` to \\input: the methods, from the records"
+    yield "- `evidence.md`: one page on what the claims rest on, each line with the keys behind it"
     yield "- `references.bib`: what methods.md cites"
     yield ("- `bundle/`: reruns the study and compares the outcome; see its README.md")
     yield (

@@ -132,7 +132,9 @@ def projections(
 @dataclass(frozen=True)
 class SuitePrompts:
     """A suite's prompts: the file's format, its rows, how many were asked, and its digest.
-    `repeats` counts the rows that repeat the prompt of an earlier row, which is asked once.
+    `repeats` counts the rows that repeat the prompt of an earlier row, which is asked once. `chat`
+    is the sha256 of the chat template that the prompts were rendered with; empty where an earlier
+    version measured them.
     """
 
     format: str
@@ -140,6 +142,7 @@ class SuitePrompts:
     asked: int
     sha256: str
     repeats: int = 0
+    chat: str = ""
 
     def __str__(self) -> str:
         repeats = f" ({self.repeats} repeat an earlier prompt)" if self.repeats else ""
@@ -161,6 +164,7 @@ def prompt_sets(view: StudyView) -> dict[str, SuitePrompts]:
                     record["asked"],
                     record["sha256"],
                     record.get("repeats", 0),
+                    record.get("chat", {}).get("sha256", ""),
                 )
     return found
 
@@ -169,6 +173,19 @@ def costs_before(view: StudyView) -> dict[str, Cost]:
     """Key -> cost of each stage that makes or measures an aligned model before fine-tuning."""
     stages = [stage for suites in view.graph.baselines().values() for stage in suites.values()]
     return costs_of(stages, Resolver(view.home.store))
+
+
+def keys_before(view: StudyView) -> dict[str, dict[str, str]]:
+    """Model -> suite -> the key of the stage that measured the model before fine-tuning."""
+    resolver = Resolver(view.home.store)
+    return {
+        model: {
+            suite: artifact.key
+            for suite, stage in suites.items()
+            if (artifact := resolver.artifact(stage)) is not None
+        }
+        for model, suites in view.graph.baselines().items()
+    }
 
 
 def artifacts_behind(view: StudyView, results: Sequence[Result]) -> list[Artifact]:

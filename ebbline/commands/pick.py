@@ -36,6 +36,7 @@ from ebbline.analysis.results.picks.picked import (
     picked_json,
     too_low,
     values_of_pick,
+    weak_categories,
 )
 from ebbline.analysis.results.wording import measured, metric_label, natural
 from ebbline.shipping import ship
@@ -47,6 +48,8 @@ from ebbline.sweeps.study.space import limit
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
+
+SHOWN_CATEGORIES = 5
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class PickOptions:
     seed: int | None = None
     with_base: bool = False
     accept_unsure: bool = False
+    each_category: bool = False
 
 
 def pick_study(view: StudyView, options: PickOptions, to: Path | None, as_json: bool) -> int:
@@ -83,8 +87,15 @@ def pick_study(view: StudyView, options: PickOptions, to: Path | None, as_json: 
     models = _models(study, options, to)
     results = collect(view)
     done = finished(results)
+    before, evidence = baselines(view), StoredEvidence(view)
     by_model = {
-        model: [result for result in done if result.point.model == model] for model in models
+        model: [
+            result
+            for result in done
+            if result.point.model == model
+            and not (options.each_category and weak_categories(result, floors, evidence))
+        ]
+        for model in models
     }
     found_by_model = {
         model: pick(own, floors, maximised, options.confidence, options.point)
@@ -101,7 +112,6 @@ def pick_study(view: StudyView, options: PickOptions, to: Path | None, as_json: 
             f"no point of {', '.join(models)} has finished, so there is nothing to "
             f"export; `ebbline run {name}` continues"
         )
-    before, evidence = baselines(view), StoredEvidence(view)
     gains = {
         model: gain_of(study, found, before.get(model, {}), evidence)
         for model, found in picks.items()
@@ -121,6 +131,9 @@ def pick_study(view: StudyView, options: PickOptions, to: Path | None, as_json: 
             "picks": [
                 {
                     **picked_json(study, found),
+                    "weak_categories": [
+                        each.as_json() for each in weak_categories(found.result, floors, evidence)
+                    ],
                     "gain": None if (gain := gains[model]) is None else gain.as_json(),
                 }
                 for model, found in picks.items()
@@ -132,6 +145,7 @@ def pick_study(view: StudyView, options: PickOptions, to: Path | None, as_json: 
         _print_picks(
             study, name, models, picks, gains, options, so_far, floors, to is None and not changed
         )
+        _print_weak(picks, floors, evidence)
         if changed:
             print(
                 "\nThis file differs from the one that the study began with, so it cannot export:"
@@ -166,6 +180,20 @@ def _is_enough(
 def _gains(gain: Gain | None) -> bool:
     """Whether a pick is better than not fine-tuning, as far as that is known."""
     return gain is None or gain.is_one
+
+
+def _print_weak(
+    picks: Mapping[str, Pick], floors: Sequence[Floor], evidence: StoredEvidence
+) -> None:
+    """The categories of each pick that miss a floor which its mean may meet."""
+    for model, found in picks.items():
+        weak = weak_categories(found.result, floors, evidence)
+        if weak:
+            print(f"\n{model}, point {found.result.number}: a floor is about all prompts together")
+        for each in weak[:SHOWN_CATEGORIES]:
+            print(f"  {each}")
+        if len(weak) > SHOWN_CATEGORIES:
+            print(f"  and {len(weak) - SHOWN_CATEGORIES} categories more; --json has them")
 
 
 def _export(

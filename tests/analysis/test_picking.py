@@ -18,13 +18,14 @@ from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study, SuiteEntry
 from ebbline.sweeps.study.view import StudyView
-from tests.analysis.conftest import OVER, REFUSAL, TASK, rate, result
+from tests.analysis.conftest import OVER, REFUSAL, TASK, Held, rate, result, samples, share
 
 
 @pytest.fixture
 def pick(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., CliResult]:
     """`pick(results, arguments...)` runs the command on these results of conftest's study."""
     monkeypatch.setattr("ebbline.sweeps.study.view.load", lambda name: study)
+    monkeypatch.setattr("ebbline.commands.pick.StoredEvidence", lambda view: Held())
     StudyView(study, Home(tmp_path / "home")).freeze()
 
     def invoke(results: Sequence[Result], *arguments: object) -> CliResult:
@@ -260,6 +261,31 @@ def test_a_point_without_a_gain_over_not_fine_tuning_is_not_ranked_first(
     assert found.exit_code == 1
     assert "small: no point that meets the floors gains over not fine-tuning." in found.output
     assert "no gain over not fine-tuning: before it, the model's task accuracy" in found.output
+
+
+def test_a_category_below_the_floor_is_named_and_can_be_required(
+    pick: Callable[..., CliResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One category refuses 72% under a mean of 93%."""
+    answers = {
+        1: [*samples([True] * 150), *samples([index < 36 for index in range(50)], ["weapons"])],
+        2: share(196, 200, ["theft", "weapons"]),
+    }
+    held = Held(
+        {
+            (number, "refusal"): {
+                0: [replace(sample, id=str(place)) for place, sample in enumerate(found)]
+            }
+            for number, found in answers.items()
+        }
+    )
+    monkeypatch.setattr("ebbline.commands.pick.StoredEvidence", lambda view: held)
+    found = pick(ROWS, "--model", "small")
+    assert "small: point 1" in found.output
+    assert "small, point 1: a floor is about all prompts together" in found.output
+    assert "category weapons: 72.0% (95% interval" in found.output
+    assert "18.0 points below refusal rate at least 90.0%" in found.output
+    assert "small: point 2" in pick(ROWS, "--model", "small", "--each-category").output
 
 
 def test_a_point_named_by_hand_is_not_reported_as_the_best(pick: Callable[..., CliResult]) -> None:

@@ -24,13 +24,62 @@ from ebbline.analysis.results.picks.floors import (
     slack,
     standing,
 )
-from ebbline.analysis.results.tables import in_points
+from ebbline.analysis.results.statistics import SHARES
+from ebbline.analysis.results.tables import categories_of, in_points
 from ebbline.analysis.results.wording import measured, metric_label, percent, settings_label
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.points import Result, brought
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import Metric
+
+FEW_ITEMS = 10  # fewer prompts may have a 95% interval that is wider than +-0.25
+
+
+@dataclass(frozen=True)
+class WeakCategory:
+    """A category that misses a floor which is stated for all prompts together."""
+
+    floor: Floor
+    category: str
+    metric: Metric
+
+    def __str__(self) -> str:
+        return (
+            f"category {self.category or '(none)'}: {measured(self.metric)}, "
+            f"{in_points(-self.floor.margin(self.metric.value)).lstrip('+')} points "
+            f"{'below' if self.floor.up else 'above'} {self.floor}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "metric": self.floor.metric,
+            "category": self.category,
+            "value": self.metric.value,
+            "low": self.metric.interval[0],
+            "high": self.metric.interval[1],
+            "n": self.metric.n,
+        }
+
+
+def weak_categories(
+    result: Result, floors: Sequence[Floor], evidence: Evidence
+) -> list[WeakCategory]:
+    """The categories whose values miss a floor, the worst first. Empty where samples are missing,
+    for a metric that is no share of samples, and for a suite with one category.
+    """
+    found = []
+    for floor in floors:
+        suite, _, metric = floor.metric.rpartition(".")
+        if metric not in SHARES:
+            continue
+        categories = categories_of(result, suite, floor.metric, evidence)
+        found += [
+            WeakCategory(floor, category, each)
+            for category, each in categories.items()
+            if len(categories) > 1 and floor.margin(each.value) < 0
+        ]
+    return sorted(found, key=lambda each: each.floor.margin(each.metric.value))
 
 
 def missed_by(nearest: Pick, confidence: float | None) -> str:
@@ -76,6 +125,9 @@ def lines_of(study: Study, found: Pick) -> Iterator[str]:
     """The picked point's values, with the margin, confidence and bound at each floor."""
     for floor in found.floors:
         metric = found.result.metrics[floor.metric]
+        if metric.items < FEW_ITEMS:
+            label = metric_label(floor.metric)
+            yield f"{label}: only {metric.items:.0f} prompts, too few for a claim"
         margin = floor.margin(metric.value)
         side = "over" if floor.up == (margin >= 0) else "under"
         edge = f"{'floor' if floor.up else 'ceiling'} of {percent(floor.value)}"

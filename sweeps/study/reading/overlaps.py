@@ -42,7 +42,7 @@ class Shared:
         same, near = len({one for one, _ in found.exact}), len({each.id for each in found.near})
         return (
             f"{self.suite} and {self.other}: {same} of {self.prompts} prompts are in both, "
-            f"{near} more or less alike (at least {NEAR:.0%} of their content words)"
+            f"{near} have a near-copy there (at least {NEAR:.0%} of the content words)"
         )
 
 
