@@ -115,7 +115,7 @@ class LanguageSpec(Spec):
     """The invented language's data files. No inputs."""
 
     KIND: ClassVar[str] = "language"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     seed: Seed = 0
 
 

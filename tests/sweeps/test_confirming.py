@@ -14,7 +14,9 @@ from ebbline.sweeps.study.points import Point
 from ebbline.sweeps.study.reading.overlaps import require_apart
 from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.study_file import load
 from ebbline.sweeps.study.view import StudyView
+from ebbline.tasks.data.language import language_files, strings
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.identity import content_digest
 from tests.sweeps.made import study as made_study
@@ -138,3 +140,21 @@ def test_other_prompts_are_compared_with_the_search_and_the_training(tmp_path: P
     found = require_apart(view)
     assert [each.other for each in found] == ["suites.refusal", "data.pool"]
     assert all(each.overlap is not None and not each.overlap.exact for each in found)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_language_has_prompts_for_confirmations_that_no_other_file_has(seed: int) -> None:
+    files = language_files(seed)
+    fresh = {name: rows for name, rows in files.items() if name.startswith("confirm/")}
+    texts = {text for name, rows in files.items() if name not in fresh for text in strings(rows)}
+    asked = [str(row["prompt"]) for rows in fresh.values() for row in rows]
+    assert len(asked) == len(set(asked)) == 300 and not texts & set(asked)
+    words = {word for text in texts for word in text.split()}
+    assert {word for text in asked for word in text.split()} <= words, "the tokenizer knows them"
+
+
+def test_the_quickstart_can_be_confirmed() -> None:
+    study = load("quickstart")
+    found = confirming_study(study, [Point.of("7b", {"train.rank": 8, "data.size": 64})])
+    assert list(found.suites) == ["refusal", "over_refusal", "task"]
+    assert found.seeds == (0, 101, 102, 103, 104, 105)
