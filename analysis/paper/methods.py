@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from ebbline.analysis.paper.citations import EBBLINE, PAPERS, pin_key
+from ebbline.analysis.report.answer import size_confound
 from ebbline.analysis.report.provenance import Provenance
 from ebbline.analysis.results.costs import cost_label, study_cost
 from ebbline.analysis.results.frontier import finished
@@ -183,8 +184,8 @@ def _fine_tuning(
             own = ", ".join(f"{field} {value_label(value)}" for field, value in settings)
             yield f"For {name} instead: {own}."
     sizes = _setting(results, "data.size", data.settings.size)
-    if _varies(results, "data.size"):
-        yield _equal_length(train, results)
+    if confound := size_confound(study, results):
+        yield confound
     yield (
         f"Each model was trained on {sizes} examples of {_described('data.pool', provenance)}; "
         "a smaller set is a subset of a larger one with the same seed."
@@ -195,20 +196,6 @@ def _fine_tuning(
             f"A share of {share} of them was replaced by examples of "
             f"{_described('data.mix', provenance)}."
         )
-
-
-def _equal_length(train: TrainSpec, results: Sequence[Result]) -> str:
-    """What a comparison of data sizes holds equal; the other one moves with the size."""
-    in_steps = train.steps is not None or _varies(results, "train.steps")
-    if in_steps:
-        return (
-            "Data sizes are compared at equal steps, so a smaller set was seen more often: an "
-            "effect of the size may be one of the repetition."
-        )
-    return (
-        "Data sizes are compared at equal epochs, so a larger set was trained on for more steps: "
-        "an effect of the size may be one of the number of steps."
-    )
 
 
 def _contamination(shared: Sequence[Shared]) -> Iterator[str]:

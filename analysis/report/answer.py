@@ -376,6 +376,7 @@ def _caution(
         f"not of trainings{one_seed}.",
         *_between_seeds(study, [result.metrics[refusal] for result in done], refusal),
         "A point picked as the best of many looks better than it is.",
+        *filter(None, [size_confound(study, done)]),
     ]
     undecided = max(metric.undecided / metric.n for metric in metrics)
     if undecided > 0:
@@ -430,6 +431,24 @@ def about(comparisons: Sequence[Comparison]) -> str:
 def _counts(seeds: Sequence[int]) -> str:
     few, most = min(seeds), max(seeds)
     return str(few) if few == most else f"{few} to {most}"
+
+
+def size_confound(study: Study, results: Sequence[Result]) -> str:
+    """What a comparison of data sizes holds equal; the other one moves with the size. Empty where
+    the points have one size.
+    """
+    axes = [dict(result.point.values) for result in results]
+    if study.train is None or len({each.get("data.size") for each in axes}) < 2:
+        return ""
+    if study.train.steps is not None or any("train.steps" in each for each in axes):
+        return (
+            "Data sizes are compared at equal steps, so a smaller set was seen more often: an "
+            "effect of the size may be one of the repetition."
+        )
+    return (
+        "Data sizes are compared at equal epochs, so a larger set was trained on for more steps: "
+        "an effect of the size may be one of the number of steps."
+    )
 
 
 def _between_seeds(study: Study, metrics: Sequence[Metric], name: str) -> list[str]:

@@ -424,6 +424,11 @@ class Study(Frozen):
         for suite in self.confirm.suites:
             if suite not in self.suites:
                 raise ValueError(f"confirm.suites.{suite}: {unknown(suite, set(self.suites))}")
+            if self.suites[suite].measure.kind == "multiple_choice":
+                raise ValueError(
+                    f"confirm.suites.{suite}: a multiple-choice suite has the items of its task; "
+                    "give suites of prompts"
+                )
             if self.confirm.suites[suite] == self.suites[suite].prompts:
                 raise ValueError(
                     f"confirm.suites.{suite}: these are the prompts of the search; give others, "

@@ -27,18 +27,19 @@ NEAR = 0.5  # the share of common content words of a near-copy, as in `ebbline p
 class Shared:
     """What the prompts of `suite` share with another set, named as in the study file.
 
-    `overlap` is None where a set is not on this machine.
+    `overlap` is None where they cannot be compared, for the reason `unknown`.
     """
 
     suite: str
     other: str
     prompts: int
     overlap: Overlap | None
+    unknown: str = "a set is not on this machine"
 
     def __str__(self) -> str:
         found = self.overlap
         if found is None:
-            return f"{self.suite} and {self.other}: not known, a set is not on this machine"
+            return f"{self.suite} and {self.other}: not known, {self.unknown}"
         same, near = len({one for one, _ in found.exact}), len({each.id for each in found.near})
         return (
             f"{self.suite} and {self.other}: {same} of {self.prompts} prompts are in both, "
@@ -50,6 +51,9 @@ def contamination(view: StudyView) -> Iterator[Shared]:
     """What each suite's prompts share with each set of training data of the points."""
     resolver = Resolver(view.home.store)
     for suite, entry in view.study.suites.items():
+        if isinstance(entry.measure, MultipleChoiceSuite):
+            yield Shared(suite, "the training data", 0, None, "lm-eval reads its items")
+            continue
         prompts = _prompts(view, resolver, entry.prompts, entry.measure)
         for where, reference in _training(view):
             yield _shared(suite, prompts, where, _others(view, resolver, reference))
@@ -62,6 +66,8 @@ def confirmation_overlaps(view: StudyView) -> Iterator[Shared]:
         entry = study.suites[suite]
         prompts = _prompts(view, resolver, reference, entry.measure)
         for name, other in study.suites.items():
+            if isinstance(other.measure, MultipleChoiceSuite):
+                continue  # its items are no prompts: no confirmation has such a suite
             asked = _prompts(view, resolver, other.prompts, other.measure)
             yield _shared(f"confirm.suites.{suite}", prompts, f"suites.{name}", asked)
         for where, data in _training(view):
@@ -78,7 +84,7 @@ def require_apart(view: StudyView) -> list[Shared]:
     lines = []
     for each in found:
         if each.overlap is None:
-            lines.append(f"  {each.suite} and {each.other}: a set is not on this machine")
+            lines.append(f"  {each}")
         elif each.overlap.exact:
             ids = list(dict.fromkeys(one for one, _ in each.overlap.exact))
             more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
@@ -106,9 +112,9 @@ def _training(view: StudyView) -> Iterator[tuple[str, DataRef]]:
 def _prompts(
     view: StudyView, resolver: Resolver, reference: DataRef, suite: Suite
 ) -> tuple[Prompt, ...] | None:
-    """The prompts of a suite; None where they are not on this machine, or lm-eval has them."""
+    """The prompts of a suite; None where they are not on this machine or are lm-eval's."""
     if isinstance(suite, MultipleChoiceSuite):
-        return ()
+        return None
     path = _path(view, resolver, reference)
     return None if path is None else prompts_of(suite, path).prompts
 
