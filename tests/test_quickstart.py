@@ -186,7 +186,7 @@ def test_the_report_says_how_refusals_moved(run: Run) -> None:
     assert len(numbered) > 4 and all(re.search(r"\d", alt) for alt in numbered)
     assert re.search(
         r"<p>Fine-tuning without projection lowered .*\. With projection a point of .* sizes? "
-        r"holds the refusal floor .*\.</p>",
+        r"meets the refusal floor .*, as (a candidate: not|candidates: none) confirmed.*\.</p>",
         text,
     )
     assert "Each point rests on one training seed" in text

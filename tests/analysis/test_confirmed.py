@@ -136,6 +136,18 @@ def test_fresh_seeds_are_told_from_the_studys_own(study: Study) -> None:
     assert found.confirmed.setting[REFUSAL].value == pytest.approx(0.5)
 
 
+def test_a_confirmation_of_other_adapters_is_left_out(study: Study) -> None:
+    """A study that was removed and begun anew with other settings has points of equal values."""
+    confirming = study.model_copy(update={"study": "ebb.confirm", "seeds": (0, 7, 8, 9)})
+    name = "apply[seed=0]"
+    metrics = {REFUSAL: pooled([Metric(REFUSAL, 97, 100)] * 4)}
+    again = replace(CANDIDATE, number=0, metrics=metrics, keys={name: "a" * 64})
+    for key, is_kept in (("a" * 64, True), ("b" * 64, False)):
+        own = replace(CANDIDATE, keys={name: key})
+        (found,) = with_confirmations([own], study, confirming, [again])
+        assert (found.confirmed is not None) == is_kept
+
+
 def test_every_output_says_candidate_until_a_setting_is_confirmed(study: Study) -> None:
     plain = result(0, refusal=0.3, task=0.8, threshold=None)
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from ebbline.sweeps.drive.confirming import begin, confirming_study, points_in
+from ebbline.commands.studies.naming import rename_study
+from ebbline.sweeps.drive.confirming import begin, confirming_study, confirming_view, points_in
+from ebbline.sweeps.state.trials import Trials
 from ebbline.sweeps.study.changes import lasting
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point
@@ -158,3 +160,16 @@ def test_the_quickstart_can_be_confirmed() -> None:
     found = confirming_study(study, [Point.of("7b", {"train.rank": 8, "data.size": 64})])
     assert list(found.suites) == ["refusal", "over_refusal", "task"]
     assert found.seeds == (0, 101, 102, 103, 104, 105)
+
+
+def test_a_renamed_study_keeps_its_confirmations(tmp_path: Path) -> None:
+    own, home = made_study(tmp_path, CONFIRM), Home(tmp_path / "home")
+    view = StudyView(own, home, source=str(tmp_path / "study.yaml"))
+    for each in (view, begin(view, [SECOND])):
+        each.freeze()
+        Trials(each.study, each.database)
+    rename_study(home, "tiny", "small", as_json=True)
+    renamed = StudyView(own.model_copy(update={"study": "small"}), home)
+    confirming = confirming_view(renamed)
+    assert confirming is not None and confirming.study.study == "small.confirm"
+    assert points_in(confirming.study) == [SECOND]

@@ -24,8 +24,16 @@ from ebbline.analysis.results.wording import (
     spread_label,
     undecided_label,
 )
-from ebbline.sweeps.study.points import Confirmed, Point, Result, brought, distinct
+from ebbline.sweeps.study.points import (
+    Confirmed,
+    Point,
+    Result,
+    StageName,
+    brought,
+    distinct,
+)
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import Metric, pooled
 
 STANDS: Mapping[Standing, str] = {
@@ -41,16 +49,25 @@ def with_confirmations(
 ) -> list[Result]:
     """The results, each with what the study `confirming` measured of the same point.
 
-    `own` is the study that nominated the points: its seeds made the adapters.
+    `own` is the study that nominated the points: its seeds made the adapters. A measurement of
+    other adapters, of an earlier study with the same name, is left out.
     """
     done = {each.point: each for each in confirmed if each.status == "done"}
     among = len(distinct(list(done.values())))
     return [
         replace(result, confirmed=_confirmed(own, confirming, done[result.point], among))
-        if result.status == "done" and result.point in done
+        if result.status == "done"
+        and result.point in done
+        and _same_adapters(result, done[result.point])
         else result
         for result in results
     ]
+
+
+def _same_adapters(nominated: Result, again: Result) -> bool:
+    """Whether no adapter of a seed that both have is another one."""
+    made = [name for name in again.keys if StageName.parse(name).part == DEFENCE.makes.KIND]
+    return all(nominated.keys.get(name, again.keys[name]) == again.keys[name] for name in made)
 
 
 def _confirmed(own: Study, confirming: Study, found: Result, among: int) -> Confirmed:

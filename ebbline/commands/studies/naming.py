@@ -12,6 +12,7 @@ from ebbline.bars import progress_bar
 from ebbline.cluster.store.retention import Survey
 from ebbline.commands.store import all_needed, needs_of_studies
 from ebbline.commands.studies.listing import folder_bytes
+from ebbline.sweeps.drive.confirming import confirming_name
 from ebbline.sweeps.state.home_studies import remove, rename, require_free, require_removable
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study_file import (
@@ -28,8 +29,12 @@ from ebbline.tasks.files import write_whole
 
 
 def rename_study(home: Home, old: str, new: str, as_json: bool) -> None:
-    """Rename a study of the home; its study file stays as it is."""
+    """Rename a study of the home, and the one that confirms its points; its study file stays as it
+    is.
+    """
     rename(home, old, new)
+    if home.has_run(confirming_name(old)):
+        rename(home, confirming_name(old), confirming_name(new))
     file = _file_of(home, new)
     differs = file is not None and _name_in(file) != new
     shown = (home.path(new) / "wandb").is_dir()
