@@ -3,6 +3,8 @@
 # make test       all tests but the long ones, in WORKERS processes; COLD=1 ignores models of earlier runs
 # make test-long  the shipped quickstart, and recoveries from kills that take minutes
 # make mutations  planted faults, and the share that the tests find
+# make fuzz       thousands of random names, texts and templates: no code runs, no path leaves its folder
+# make chaos      200 random kills of processes over 20 runs, in about two hours; CHAOS="--runs 2"
 # make lint       style, types and import directions
 # make docs       the documentation site in build/site, with all links checked
 # make lock       refresh the pinned versions
@@ -32,7 +34,7 @@ GPU_PYTHON ?= 3.12
 PYTEST = $(if $(COLD),EBBLINE_TESTS_COLD=1 )$(BIN)/python -m pytest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo check test test-long mutations lint docs bench-project bench-evaluate bench-schedule bench-search bench-search-budget bench-pack bench-plan bench-inputs bench-overhead gpu-check gpu-wheels lock python clean
+.PHONY: demo check test test-long mutations fuzz chaos lint docs bench-project bench-evaluate bench-schedule bench-search bench-search-budget bench-pack bench-plan bench-inputs bench-overhead gpu-check gpu-wheels lock python clean
 
 demo: $(VENV)/installed
 	$(BIN)/ebbline run quickstart
@@ -48,6 +50,12 @@ test-long: $(VENV)/installed-test
 
 mutations: $(VENV)/installed-test
 	$(BIN)/python -m tests.mutations --jobs $(WORKERS)
+
+fuzz: $(VENV)/installed-test
+	EBBLINE_FUZZ=5000 $(PYTEST) --numprocesses $(WORKERS) tests/hostile/test_fuzz.py
+
+chaos: $(VENV)/installed-test
+	$(BIN)/python -m tests.hostile.chaos $(CHAOS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -196,9 +196,17 @@ def plan(
     ] = None,
     gpus: Annotated[
         int | None,
-        typer.Option(help="Logical GPUs of a local cluster without real ones.", show_default=False),
+        typer.Option(
+            min=1,
+            max=10_000,
+            help="Logical GPUs of a local cluster without real ones.",
+            show_default=False,
+        ),
     ] = None,
-    why: Annotated[int, typer.Option("--why", help="How many missing stages to explain.")] = 12,
+    why: Annotated[
+        int,
+        typer.Option("--why", min=0, max=1_000_000, help="How many missing stages to explain."),
+    ] = 12,
     as_json: JsonOption = False,
 ) -> None:
     """Predict what a run takes: stages, GPU-hours, dollars, wall time, disk. Draw the schedule.
@@ -252,7 +260,12 @@ def run(
     ] = None,
     gpus: Annotated[
         int | None,
-        typer.Option(help="Logical GPUs of a local cluster without real ones.", show_default=False),
+        typer.Option(
+            min=1,
+            max=10_000,
+            help="Logical GPUs of a local cluster without real ones.",
+            show_default=False,
+        ),
     ] = None,
     wandb: Annotated[
         bool, typer.Option(help="Mirror to Weights & Biases (offline unless you are logged in).")

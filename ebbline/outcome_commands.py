@@ -14,6 +14,7 @@ from ebbline.options import (
     OUTCOME_PANEL,
     OUTPUT_MISSING,
     STUDY_PANEL,
+    ForceOption,
     HomeOption,
     JsonOption,
     OptionalStudyName,
@@ -21,6 +22,8 @@ from ebbline.options import (
     StudyNames,
     WideOption,
     explained,
+    finite,
+    require_new,
 )
 
 outcome_app = typer.Typer()
@@ -128,13 +131,16 @@ def pick(
         typer.Option(
             min=0.5,
             max=0.9999,
+            callback=finite,
             help="Hold the floors with this confidence, corrected for choosing the best point.",
             show_default=False,
         ),
     ] = None,
     point: Annotated[
         int | None,
-        typer.Option(help="Use this point instead of the best one.", show_default=False),
+        typer.Option(
+            min=0, max=10**9, help="Use this point instead of the best one.", show_default=False
+        ),
     ] = None,
     export: Annotated[
         Path | None,
@@ -152,7 +158,10 @@ def pick(
         ),
     ] = False,
     seed: Annotated[
-        int | None, typer.Option(help="Export this training seed's adapter.", show_default=False)
+        int | None,
+        typer.Option(
+            min=0, max=2**32, help="Export this training seed's adapter.", show_default=False
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -191,6 +200,7 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare studies: frontiers, operating points at equal floors, equal points; prompt by prompt
@@ -199,6 +209,7 @@ def compare(
     from ebbline.commands.compare import compare_studies
     from ebbline.commands.measured.pairs import compare_measured, outcome_folders
 
+    require_new(to, force)
     folders = outcome_folders(studies)
     if folders is not None:
         if home or floor or to:

@@ -2,6 +2,7 @@
 it needs when it runs.
 """
 
+import glob
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,10 +13,13 @@ from ebbline.options import (
     TOOL_PANEL,
     BasesOption,
     DeviceOption,
+    ForceOption,
     HomeOption,
     JsonOption,
     WideOption,
     explained,
+    finite,
+    require_new,
 )
 
 tool_app = typer.Typer()
@@ -87,6 +91,7 @@ def project(
             show_default=False,
         ),
     ] = None,
+    force: ForceOption = False,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
@@ -98,6 +103,8 @@ def project(
     from ebbline.commands.project import project as project_adapters
 
     if report is not None:
+        for file in (report, *report.parent.glob(f"{glob.escape(report.stem)}-*")):
+            require_new(file, force)  # the pictures lie beside the page
         require_reportable(report)
     with progress_bar("projecting") as progress:
         projected = project_adapters(
@@ -283,6 +290,7 @@ def rescore(
     to: Annotated[
         Path | None, typer.Option(help="Write the rows to this CSV file.", show_default=False)
     ] = None,
+    force: ForceOption = False,
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
     wide: WideOption = False,
@@ -297,6 +305,7 @@ def rescore(
     from ebbline.commands.measured.rescoring import rescore as rescore_completions
     from ebbline.tasks.specs import GenerateSpec, ScoreSpec
 
+    require_new(to, force)
     if (Path(where) / GenerateSpec.COMPLETIONS).exists():
         generations = {Path(where).name: [Path(where)]}
     else:
@@ -397,7 +406,12 @@ def gc(
     home: HomeOption = DEFAULT_HOME,
     older_than_h: Annotated[
         float,
-        typer.Option("--older-than-h", min=0.0, help="Only files not written for so many hours."),
+        typer.Option(
+            "--older-than-h",
+            min=0.0,
+            callback=finite,
+            help="Only files not written for so many hours.",
+        ),
     ] = 24.0,
     keep_adapters: Annotated[
         Literal["all", "frontier", "none"],

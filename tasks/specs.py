@@ -9,8 +9,10 @@ the output (device, micro-batch, world size, ZeRO stage) are in `ebbline.tasks.s
 import re
 from datetime import date
 from typing import Annotated, ClassVar, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -30,10 +32,14 @@ Number = Annotated[float, BeforeValidator(_number_from_yaml), Field(allow_inf_na
 Share = Annotated[Number, Field(ge=0.0, le=1.0)]
 Positive = Annotated[Number, Field(gt=0.0)]
 One = Annotated[Number, Field(ge=1.0, le=1.0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Rank = Annotated[int, Field(ge=1, le=100_000)]
+BatchRows = Annotated[int, Field(ge=1, le=1_000_000)]
+Tokens = Annotated[int, Field(ge=1, le=10_000_000)]
+Rate = Annotated[Number, Field(gt=0.0, le=1000.0)]
 # Powers of two: kernels that split a batch evenly treat each row alike
 BatchSize = Literal[1, 2, 4, 8, 16, 32, 64, 128, 256]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the limit of numpy's seeds
 
 PromptFormat = Literal[
     "auto",
@@ -164,7 +170,7 @@ class TrainSpec(Spec):
     MODEL: ClassVar[str] = "model"
     CURVE: ClassVar[str] = "curve.csv"
     method: Literal["lora", "full"] = "lora"
-    rank: Count = 8
+    rank: Rank = 8
     alpha_over_rank: Positive = 2.0
     dropout: Share = 0.0
     target_modules: tuple[str, ...] = (
@@ -179,14 +185,14 @@ class TrainSpec(Spec):
     quantisation: Quantisation = "none"
     dtype: Dtype = "bfloat16"
     chat: Chat = DEFAULT_CHAT
-    learning_rate: Positive = 2e-4
+    learning_rate: Rate = 2e-4
     weight_decay: Annotated[Number, Field(ge=0.0)] = 0.0
     warmup_share: Share = 0.05
     gradient_norm: Positive = 1.0
     epochs: Positive = 1.0
     steps: Count | None = None
-    global_batch: Count = 16
-    max_tokens: Count = 512
+    global_batch: BatchRows = 16
+    max_tokens: Tokens = 512
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -262,7 +268,7 @@ class ApplySpec(Spec):
     KIND: ClassVar[str] = "apply"
     CHOSEN: ClassVar[str] = "projected_modules.json"
     threshold: Annotated[Number, Field(ge=-1.0, le=1.0)] | None = None
-    modules: Annotated[int, Field(ge=0)] | None = None
+    modules: Annotated[int, Field(ge=0, le=10**9)] | None = None
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
@@ -312,7 +318,7 @@ class Block(Frozen):
     same for every model.
     """
 
-    index: Annotated[int, Field(ge=0)]
+    index: Annotated[int, Field(ge=0, le=10**9)]
     size: Count
 
 
@@ -339,8 +345,8 @@ class GenerateSpec(Spec):
     compared_by: TaskScorerName | None = None
     limit: Count | None = None
     block: Block | None = None
-    max_new_tokens: Count = 64
-    max_tokens: Count = 2048
+    max_new_tokens: Tokens = 64
+    max_tokens: Tokens = 2048
     quantisation: Quantisation = "none"
     dtype: Dtype = "bfloat16"
     chat: Chat = DEFAULT_CHAT
@@ -359,6 +365,29 @@ class GenerateSpec(Spec):
         return self
 
 
+def _endpoint(url: str) -> str:
+    """The URL of an endpoint. Raises ValueError for one with a user name, a key or a query: a
+    study file, a record and a key would hold it.
+    """
+    try:
+        parts = urlsplit(url)
+        host, secret = parts.hostname, bool(parts.username or parts.password or parts.query)
+    except ValueError:
+        host, secret = None, False
+        parts = urlsplit("")
+    if secret or "@" in url or "?" in url or "#" in url:
+        raise ValueError(
+            f"the URL of the judge's endpoint at {host} holds a user name, a password, a key or a "
+            "query; write the URL without it, and put the key into EBBLINE_JUDGE_KEY"
+        )
+    if parts.scheme not in ("http", "https") or not host or not url.isprintable() or " " in url:
+        raise ValueError(
+            f"the judge's endpoint {url!r} is no http(s) URL; give the part before "
+            "/chat/completions"
+        )
+    return url
+
+
 class JudgeSpec(Spec):
     """A judge's verdict on each completion. Inputs: generation, and model unless the judge is an
     endpoint.
@@ -373,10 +402,10 @@ class JudgeSpec(Spec):
     VERDICTS: ClassVar[str] = "verdicts.jsonl"
     template: JudgeTemplate
     refused: str | None = None
-    endpoint: str | None = None
+    endpoint: Annotated[str, AfterValidator(_endpoint)] | None = None
     model: str | None = None
-    max_new_tokens: Count = 16
-    max_tokens: Count = 2048
+    max_new_tokens: Tokens = 16
+    max_tokens: Tokens = 2048
     quantisation: Quantisation = "none"
     dtype: Dtype = "bfloat16"
     batch_size: BatchSize = 32
@@ -424,7 +453,7 @@ class EvaluateSpec(Spec):
     KIND: ClassVar[str] = "evaluate"
     VERSION: ClassVar[int] = 3
     task: str
-    shots: Annotated[int, Field(ge=0)] = 0
+    shots: Annotated[int, Field(ge=0, le=10_000)] = 0
     chat_template: bool = False
     limit: Count | None = None
     quantisation: Quantisation = "none"

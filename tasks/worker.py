@@ -27,6 +27,7 @@ from ebbline.tasks.errors import (
     OutOfMemory,
     TrainingError,
 )
+from ebbline.tasks.files import open_private
 from ebbline.tasks.headers.hub import HUB, local_path
 from ebbline.tasks.inputs import ExpectedInput, InputCheck
 from ebbline.tasks.kinds import kind_named, parsed_spec
@@ -195,7 +196,7 @@ class _Batch:
             )
             for turn in waiting.values():
                 with contextlib.suppress(OSError):  # on a full disk their own reports will say so
-                    (Path(turn.request.log) / PACK_ERROR).write_text(traceback.format_exc())
+                    _log_error(turn.request, PACK_ERROR, traceback.format_exc())
         for turn in waiting.values():
             yield self.run_one(turn.request)
 
@@ -236,10 +237,16 @@ class _Batch:
             self.free()
         trace = "".join(traceback.format_exception(error))
         with contextlib.suppress(OSError):  # on a full disk the report below says so
-            (Path(request.log) / ERROR).write_text(trace)
+            _log_error(request, ERROR, trace)
         name, reason = error_and_reason(error, Path(request.log))
         smaller = error.micro_batch if isinstance(error, OutOfMemory) else None
         return Report(request.key, seconds, reason, name, trace, smaller=smaller)
+
+
+def _log_error(request: Request, name: str, trace: str) -> None:
+    """Write a traceback, which may quote a prompt, to the attempt's log."""
+    with open_private(Path(request.log) / name) as file:
+        file.write(trace)
 
 
 def _expected(request: Request, inputs: Mapping[str, Path]) -> dict[str, ExpectedInput]:

@@ -139,7 +139,7 @@ class LivePage:
         For any other text everything is sent, in parts.
         """
         boot, _, number = cursor.partition(".")
-        revision = int(number) if boot == self._boot and number.isdigit() else 0
+        revision = int(number) if boot == self._boot and number.isdecimal() else 0
         self._last_request = time.monotonic()
         self._watched.set()
         with self._lock:

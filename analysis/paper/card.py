@@ -17,6 +17,7 @@ from ebbline.analysis.results.wording import (
     directed_label,
     measured,
     percent,
+    plain_markdown,
     undecided_label,
     value_label,
 )
@@ -72,7 +73,7 @@ def card(
     spec = {part: dict(artifact.hashed["spec"]) for part, artifact in stages.items()}
     sections = [
         f"# {study.study}: {model}, point {result.number}",
-        f"> {' '.join(study.question.split())}",
+        f"> {plain_markdown(study.question)}",
         _what(study, result, alone, spec),
         "## How to load it\n\n" + _load(study, result.point, with_base),
         "## How it was chosen\n\n" + _chosen(study, found, seed, alone, done, seed_requested),

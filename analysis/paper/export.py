@@ -33,8 +33,8 @@ from ebbline.analysis.report.provenance import Provenance, provenance
 from ebbline.analysis.results.collect import artifacts_behind, baselines, collect, costs_before
 from ebbline.analysis.results.measurements import Baselines, refusal_metric, usefulness_metric
 from ebbline.analysis.results.picks.choices import chosen
-from ebbline.analysis.results.tables import results_frame, write_tables
-from ebbline.analysis.results.wording import without_paths
+from ebbline.analysis.results.tables import results_frame, write_csv, write_tables
+from ebbline.analysis.results.wording import plain_markdown, without_paths
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.sweeps.drive.live import host_names
 from ebbline.sweeps.state.spending import read_spent
@@ -258,7 +258,7 @@ def _write_data(data: ExportData, home: Home, folder: Path) -> None:
     compared = before_after_frame(data.study, data.results, data.baselines)
     write_whole(
         folder / "before_after.csv",
-        lambda path: compared.to_csv(path, index=False, lineterminator="\n"),
+        lambda path: write_csv(compared, path),
     )
     write_whole(
         folder / "before_after.parquet", lambda path: compared.to_parquet(path, index=False)
@@ -286,7 +286,7 @@ def _mark(data: ExportData, home: Home, folder: Path, styles: Sequence[Style]) -
 def _readme(data: ExportData, styles: Sequence[Style]) -> Iterator[str]:
     yield f"# {data.study.study}, exported for a paper"
     yield ""
-    yield data.study.question.strip()
+    yield plain_markdown(data.study.question)
     yield ""
     for style in styles:
         figure = (

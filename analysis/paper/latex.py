@@ -21,6 +21,7 @@ from ebbline.analysis.results.wording import (
     natural,
     settings_label,
     value_label,
+    without_marks,
 )
 from ebbline.sweeps.study.points import Result, Value
 from ebbline.sweeps.study.study import Study
@@ -113,7 +114,9 @@ def in_latex(text: str) -> str:
 def _inline(text: str) -> str:
     parts = re.split(r" ?\[(@[^\]]+)\]", text)  # every second part was in brackets
     words = [
-        re.sub(r"\b[0-9a-f]{40,64}\b", lambda found: breakable(found[0]), escaped(part))
+        re.sub(
+            r"\b[0-9a-f]{40,64}\b", lambda found: breakable(found[0]), escaped(without_marks(part))
+        )
         for part in parts[::2]
     ]
     cites = [

@@ -17,6 +17,7 @@ from ebbline.analysis.results.wording import (
     NO_RESULT,
     metric_label,
     natural,
+    plain_markdown,
     status_label,
     value_label,
 )
@@ -89,7 +90,8 @@ def _opening(study: Study, results: Sequence[Result]) -> str:
         if counts[status]
     ]
     text = (
-        f"Written by ebbline [@{EBBLINE}] from its records. The question: {study.question.strip()}"
+        f"Written by ebbline [@{EBBLINE}] from its records. The question: "
+        f"{plain_markdown(study.question)}"
     )
     if counts["running"] or counts["skipped"] or counts["outdated"]:
         text += (

@@ -35,6 +35,7 @@ from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.adapters.branches import ADAPTER
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study, axis_fields
+from ebbline.tasks.data.csv_rows import spreadsheet_cell
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.files import write_whole
 from ebbline.tasks.measuring.metrics import Metric
@@ -138,11 +139,11 @@ def write_tables(frame: pd.DataFrame, folder: Path) -> list[Path]:
         write_whole(folder / "results.parquet", lambda path: frame.to_parquet(path, index=False)),
         write_whole(
             folder / "results.csv",
-            lambda path: frame.to_csv(path, index=False, lineterminator="\n"),
+            lambda path: write_csv(frame, path),
         ),
         write_whole(
             folder / "frontier.csv",
-            lambda path: chosen.to_csv(path, index=False, lineterminator="\n"),
+            lambda path: write_csv(chosen, path),
         ),
     ]
 
@@ -279,9 +280,13 @@ def categories_frame(
 
 def write_categories(frame: pd.DataFrame, folder: Path) -> Path:
     """categories.csv."""
-    return write_whole(
-        folder / "categories.csv", lambda path: frame.to_csv(path, index=False, lineterminator="\n")
-    )
+    return write_whole(folder / "categories.csv", lambda path: write_csv(frame, path))
+
+
+def write_csv(frame: pd.DataFrame, path: Path) -> None:
+    """A table as CSV whose texts no spreadsheet takes for formulas."""
+    cells = frame.map(lambda cell: spreadsheet_cell(cell) if isinstance(cell, str) else cell)
+    cells.to_csv(path, index=False, lineterminator="\n")
 
 
 def shares_of(study: Study) -> list[tuple[str, str]]:

@@ -119,6 +119,18 @@ def undecided_label(count: int, before: str = "", after: str = "") -> str:
     return f"{before}{count} undecided{after}" if count else ""
 
 
+def plain_markdown(text: str) -> str:
+    """A user's text as one line of Markdown that means itself: no heading, link, citation or HTML
+    of its own.
+    """
+    return _MARKS.sub(r"\\\1", " ".join(text.split()))
+
+
+def without_marks(text: str) -> str:
+    """The text of `plain_markdown`."""
+    return re.sub(rf"\\{_MARKS.pattern}", r"\1", text)
+
+
 def without_paths(reason: str, hosts: Collection[str] = ()) -> str:
     """A failure's reason without commands, folder names, host names and addresses, for publication.
 
@@ -142,6 +154,7 @@ def without_paths(reason: str, hosts: Collection[str] = ()) -> str:
 
 
 FOLDER, HOST = "(a folder)", "(a host)"
+_MARKS = re.compile(r"([\\`*_\[\]<>#|~$@&])")  # of Markdown, LaTeX in it, and citations
 _FOLDER_MARK = "/~"  # replaces the user's folders before paths are searched
 _NO_HOST = {"", "here", "localhost"}  # names that identify no machine
 _ADDRESS = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.]*\w)")

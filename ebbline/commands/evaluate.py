@@ -12,7 +12,6 @@ samples.jsonl, agreement.json. The same call continues an interrupted one.
 """
 
 import json
-import shutil
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from ebbline.commands.measured.outcome import (
     Measured,
     files_of,
 )
-from ebbline.commands.project import distinct_names, located
+from ebbline.commands.project import distinct_names, located, scratch_beside
 from ebbline.sweeps.study.reading.field_faults import faults
 from ebbline.sweeps.study.suites import (
     MultipleChoiceSuite,
@@ -41,6 +40,7 @@ from ebbline.sweeps.study.suites import (
 )
 from ebbline.tasks.errors import EbblineError, EvaluationError
 from ebbline.tasks.extras import extras_explained
+from ebbline.tasks.files import open_private
 from ebbline.tasks.identity import content_digest
 from ebbline.tasks.inputs import ExpectedInput, InputCheck
 from ebbline.tasks.kinds import kind_named
@@ -241,8 +241,18 @@ def _run(stage: Stage, outputs: Mapping[str, Path], out: Path, ctx: Context) -> 
             f"{out} exists and is not a finished measurement; remove it, or give another "
             "folder with --out"
         )
-    fresh = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(fresh, ignore_errors=True)
+    with scratch_beside(out) as scratch:
+        return _made(stage, inputs, mark, scratch / "out", out, ctx)
+
+
+def _made(
+    stage: Stage,
+    inputs: Mapping[str, Path],
+    mark: Mapping[str, Any],
+    fresh: Path,
+    out: Path,
+    ctx: Context,
+) -> Path:
     for folder in (fresh, ctx.log):
         folder.mkdir(parents=True, exist_ok=True)
     expected = {
@@ -259,7 +269,8 @@ def _run(stage: Stage, outputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         raise
     # A library's exception may quote a prompt: its text goes to the log, as in a study
     except Exception as error:  # noqa: BLE001
-        (ctx.log / ERROR).write_text(traceback.format_exc())
+        with open_private(ctx.log / ERROR) as log:
+            log.write(traceback.format_exc())
         raise EvaluationError(f"{stage.kind}: {error_and_reason(error, ctx.log)[1]}") from None
     (fresh / DONE).write_text(json.dumps({**mark, FILES: files_of(fresh)}, indent=1))
     fresh.replace(out)

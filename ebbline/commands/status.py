@@ -70,7 +70,7 @@ def watch_status(
     With `as_json`, print a line for each change: the driver, the snapshot
     (ebbline.sweeps.drive.live) and the frontier. The last line has no driver.
     """
-    watched = _Watched(view, as_json, console or Console())
+    watched = _Watched(view, as_json, console or Console(markup=False))
     try:
         watched.follow()
     except KeyboardInterrupt:

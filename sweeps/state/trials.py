@@ -23,7 +23,7 @@ from ebbline.sweeps.study.changes import lasting
 from ebbline.sweeps.study.database import PointDatabase
 from ebbline.sweeps.study.points import Point, current_reason
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.errors import DatabaseLost, StudyError
+from ebbline.tasks.errors import StudyError
 from ebbline.tasks.identity import digest
 from ebbline.tasks.measuring.metrics import direction
 
@@ -336,12 +336,12 @@ def _entry(trial: FrozenTrial, marks: Mapping[str, Any]) -> Entry:
 
 @contextmanager
 def reaching(database: PointDatabase) -> Iterator[None]:
-    """Turn database errors under Optuna into DatabaseLost."""
+    """Turn database errors under Optuna into those of `PointDatabase.unusable`."""
     try:
         with database.explained():
             yield
     except optuna.exceptions.StorageInternalError as error:
-        raise DatabaseLost(database.explanation(error.__cause__ or error)) from error
+        raise database.unusable(error.__cause__ or error) from error
 
 
 def caching(database: PointDatabase) -> optuna.storages.BaseStorage:

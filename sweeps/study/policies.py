@@ -86,6 +86,9 @@ SURROGATE_AXES = 12  # with more axes a Gaussian process needs more points than 
 TPE_POINTS = 1000
 
 
+Points = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
 class Search(Frozen):
     """How points are chosen: the points in `first`, then the sampler's (Study.sampler gives the
     default sampler).
@@ -101,8 +104,8 @@ class Search(Frozen):
     """
 
     sampler: Sampler | None = None
-    points: Count | None = None
-    window: Count | None = None
+    points: Points | None = None
+    window: Points | None = None
     seed: Seed = 0
     first: tuple[dict[str, AxisValue], ...] = ()
     list: tuple[dict[str, AxisValue], ...] = ()

@@ -38,7 +38,6 @@ from ebbline.tasks.specs import (
     DEFAULT_CHAT,
     ApplySpec,
     Chat,
-    Count,
     DataSpec,
     Dtype,
     Frozen,
@@ -90,7 +89,7 @@ class Model(Frozen):
     dtype: Dtype = "bfloat16"
     chat: Chat = DEFAULT_CHAT
     chat_template: str | None = Field(default=None, exclude=True)
-    gpus: Count = 1
+    gpus: Annotated[int, Field(ge=1, le=10_000)] = 1
     labels: dict[str, str] = {}
     spread: bool = False
     axes: dict[str, Axis] = {}

@@ -52,7 +52,7 @@ def print_measured(measured: Sequence[Measured], as_json: bool, wide: bool = Fal
     columns = ("adapter", "metric", "value", "95% interval", "n", "undecided")
     rows = [_row(each, name, metric) for each in measured for name, metric in each.metrics.items()]
     print_table(columns, rows, wide, right=columns[2:])
-    console = Console()
+    console = Console(markup=False)
     for line in [*(str(each.folder) for each in measured), *_notes(measured)]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 

@@ -14,6 +14,7 @@ from ebbline.commands.store import all_needed, needs_of_studies
 from ebbline.commands.studies.listing import folder_bytes
 from ebbline.sweeps.state.home_studies import remove, rename, require_free, require_removable
 from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.reading.yaml_text import text_of
 from ebbline.sweeps.study.study_file import (
     as_yaml,
     load,
@@ -71,7 +72,7 @@ def copy_study(
         to.resolve().parent == source.resolve().parent or whole.model_dump() == begun.model_dump()
     )
     copied = (
-        with_name(source.read_text("utf-8"), new)
+        with_name(text_of(source), new)
         if kept
         else as_yaml(whole.model_copy(update={"study": new}))
     )
@@ -130,7 +131,7 @@ def _freed(home: Home, name: str) -> int | str:
         return str(error).splitlines()[0]
     if unknown:
         return f"it is unknown what {', '.join(sorted(unknown))} needs"
-    if survey.owners - {home.id}:
+    if survey.owners - {home.known_id}:
         return "other homes use this store"
     others = all_needed(own for each, own in needed.items() if each != name)
     return survey.of(needed[name].keys - others.keys)
