@@ -4,7 +4,7 @@
 # make test-long  the shipped quickstart, and recoveries from kills that take minutes
 # make mutations  planted faults, and the share that the tests find
 # make fuzz       thousands of random names, texts and templates: no code runs, no path leaves its folder
-# make chaos      200 random kills of processes over 20 runs, in about two hours; CHAOS="--runs 2"
+# make chaos      200 random kills of processes over 20 real runs: hours; CHAOS="--runs 2 --kills 5"
 # make lint       style, types and import directions
 # make docs       the documentation site in build/site, with all links checked
 # make lock       refresh the pinned versions

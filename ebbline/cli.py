@@ -5,6 +5,7 @@ EXIT_CODES in ebbline.options lists the exit codes.
 """
 
 import gc
+import io
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from ebbline.commands.defended.command import defend_app
 from ebbline.options import (
     DEFAULT_HOME,
     EXIT_CODES,
+    STOPPED,
     STUDY_PANEL,
     TOOL_PANEL,
     UPKEEP_PANEL,
@@ -27,6 +29,7 @@ from ebbline.options import (
     WideOption,
     as_typed,
     explained,
+    print_error,
 )
 from ebbline.outcome_commands import outcome_app
 from ebbline.slurm_command import slurm_app
@@ -339,8 +342,15 @@ app.add_typer(
 
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a letter of a file's name
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)
+    except Exception as error:  # noqa: BLE001  # outside of any command, such as in its options
+        sys.exit(print_error(error))
     finally:
         gc.freeze()  # the last collection would search all imported modules: 0.25 s with torch
 

@@ -109,18 +109,8 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
             typer.secho("stopped by Ctrl-C", err=True)
             raise typer.Exit(STOPPED) from None
         except Exception as error:  # noqa: BLE001  # the boundary: nothing is above it
-            if show_traceback or debugging():
-                traceback.print_exception(error)
-            answer = answer_to(error)
-            typer.secho(f"error: {answer.text}", fg=typer.colors.RED, err=True)
-            if kwargs.get("as_json"):
-                print(
-                    json.dumps(
-                        {"error": answer.text, "kind": answer.kind, "exit_code": answer.code},
-                        indent=1,
-                    )
-                )
-            raise typer.Exit(answer.code) from None
+            code = print_error(error, show_traceback, bool(kwargs.get("as_json")))
+            raise typer.Exit(code) from None
 
     signature = inspect.signature(command)
     option = inspect.Parameter(
@@ -129,6 +119,20 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
     named = [*signature.parameters.values(), option]
     wrapped.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
     return wrapped
+
+
+def print_error(error: BaseException, show_traceback: bool = False, as_json: bool = False) -> int:
+    """Print the message for an exception, and its traceback if that is asked for. Returns the exit
+    code.
+    """
+    if show_traceback or debugging():
+        traceback.print_exception(error)
+    answer = answer_to(error)
+    typer.secho(f"error: {answer.text}", fg=typer.colors.RED, err=True)
+    if as_json:
+        found = {"error": answer.text, "kind": answer.kind, "exit_code": answer.code}
+        print(json.dumps(found, indent=1))
+    return answer.code
 
 
 def finite(value: float | None) -> float | None:

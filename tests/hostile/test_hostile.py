@@ -6,6 +6,7 @@
 import hashlib
 import importlib
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -17,12 +18,12 @@ from ebbline.cli import app
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.view import StudyView
-from tests.hostile import homes, options, rows, study_files
+from tests.hostile import homes, models, options, rows, study_files
 from tests.hostile.cases import Case
 from tests.sweeps.made import study
 from tests.sweeps.pretended import Pretended
 
-CASES = [*study_files.CASES, *rows.CASES, *options.CASES, *homes.CASES]
+CASES = [*study_files.CASES, *rows.CASES, *options.CASES, *models.CASES, *homes.CASES]
 LEAST = 300
 
 
@@ -89,3 +90,11 @@ def test_bad_input_gets_one_sentence(
 def test_every_case_has_a_name_of_its_own_and_there_are_hundreds() -> None:
     names = [case.name for case in CASES]
     assert len(names) == len(set(names)) >= LEAST
+
+
+def test_each_promise_of_the_threat_model_names_tests_that_exist() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "security.md").read_text("utf-8")
+    named = re.findall(r"`((?:\w+/)?test_\w+\.py)`", page)
+    assert len(named) >= 12
+    assert not [name for name in named if not (root / "tests" / name).is_file()]
