@@ -205,7 +205,7 @@ def test_a_database_that_cannot_be_read_is_named_and_the_page_stays(tmp_path: Pa
             "no database at all, though as long as one that might be" * 9
         )
         answer = get(server.url + "points")
-        assert answer.status_code == 503 and "cannot be used" in answer.text
+        assert answer.status_code == 503 and "is no database any more" in answer.text
         deadline = time.monotonic() + LIMIT_S
         while (
             not (data := get(server.url + "data.json").json())["error"]

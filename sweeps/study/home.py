@@ -116,7 +116,8 @@ class Home:
 
     def keep_file(self, study: str, source: Path) -> None:
         """Record the file that a study is run from."""
-        (self.folder(study) / FILE).write_text(str(source.resolve()))
+        path = str(source.resolve())
+        write_whole(self.folder(study) / FILE, lambda fresh: fresh.write_text(path, "utf-8"))
 
     @property
     def digests(self) -> Path | None:

@@ -56,6 +56,7 @@ def _driven(folder: Path) -> list[tuple[str, str, dict[str, float | None]]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_clock_that_goes_backwards_changes_no_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ from ebbline.tasks.errors import EbblineError, ModelError, StudyError
 from ebbline.tasks.paths import inside, is_inside
 from tests.hostile.cases import STUDY
 
-EXAMPLES = int(os.environ.get("EBBLINE_FUZZ", "60"))
+EXAMPLES = int(os.environ.get("EBBLINE_FUZZ", "30"))
 fuzzed = settings(max_examples=EXAMPLES)
 
 PIECES = st.sampled_from(
