@@ -52,7 +52,7 @@ mutations: $(VENV)/installed-test
 	$(BIN)/python -m tests.mutations --jobs $(WORKERS)
 
 fuzz: $(VENV)/installed-test
-	EBBLINE_FUZZ=5000 $(PYTEST) --numprocesses $(WORKERS) tests/hostile/test_fuzz.py
+	EBBLINE_FUZZ=5000 EBBLINE_FAST_S=3600 $(PYTEST) --numprocesses $(WORKERS) tests/hostile/test_fuzz.py
 
 chaos: $(VENV)/installed-test
 	$(BIN)/python -m tests.hostile.chaos $(CHAOS)

@@ -42,6 +42,7 @@ TEXTS: dict[str, tuple[Content, str]] = {
     "include_tag": (STUDY + "x: !include /etc/hostname\n", "study.yaml"),
     "binary_tag": (study(study="!!binary aGVsbG8="), "study"),
     "set_tag": (study(objectives="!!set {a, b}"), "objectives"),
+    "set_tag_on_text": ("study: !!set a\n", "no mapping"),
     "omap_tag": (study(models="!!omap [a: 1]"), "models"),
     "undefined_alias": (STUDY + "x: *nothing\n", "line"),
     "recursive_alias": ("study: &a [*a]\n", "study.yaml"),

@@ -49,6 +49,10 @@ def values_in(text: str, path: Path) -> Any:
         return yaml.load(text, Loader=_Bounded)
     except yaml.YAMLError as error:
         raise StudyError(f"{path} is not valid YAML: {_reason(error, text)}") from None
+    except _UNFIT as error:
+        raise StudyError(
+            f"{path} is not valid YAML: a value does not fit its tag ({error}); remove the tags"
+        ) from None
 
 
 def nodes_in(text: str) -> Any:
@@ -101,6 +105,8 @@ class _Bounded(yaml.SafeLoader):
             ) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        if not isinstance(node, yaml.MappingNode):  # such as `!!set a`
+            raise ConstructorError(None, None, "this is no mapping", node.start_mark)
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
