@@ -6,7 +6,6 @@ fit a model is checked by ebbline.tasks.models.adapters.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +51,6 @@ ABOUT = frozenset(
     }
 )
 _SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias")
-_MODULE = re.compile(r"[^\x00-\x20\x7f/\\]+")  # of a tensor's name
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -127,7 +125,7 @@ def read_adapter_file(folder: Path) -> AdapterFile:
         # Not a dict
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for name, tensor in tensors.items():
-        if problem := _problem(tensor) or _problem_of_name(name) or _misfit(name, tensors, config):
+        if problem := _problem(tensor):
             raise ModelError(
                 f"{folder / ADAPTER_WEIGHTS}: {name} {problem}; the adapter is damaged. Save it "
                 "again from its training"
@@ -143,25 +141,6 @@ def _problem(tensor: torch.Tensor) -> str:
     if tensor.numel() == 0:
         return f"is empty (its shape is {tuple(tensor.shape)})"
     return "" if bool(torch.isfinite(tensor).all()) else "holds NaN or infinity"
-
-
-def _problem_of_name(name: str) -> str:
-    if _MODULE.fullmatch(name) and ".." not in name:
-        return ""
-    return "is no name that a tensor of a module can have"
-
-
-def _misfit(name: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> str:
-    """What is wrong between an A, its B and the rank; a missing B is found later."""
-    other = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
-    if other == name or other not in tensors or min(tensors[name].dim(), tensors[other].dim()) < 2:
-        return ""
-    rank = tensors[name].shape[0]
-    if tensors[other].shape[1] != rank:
-        return f"has the rank {rank}, and its B the rank {tensors[other].shape[1]}"
-    if not config.get("rank_pattern") and config.get("r", rank) != rank:
-        return f"has the rank {rank}, and {ADAPTER_CONFIG} has r={config['r']!r}"
-    return ""
 
 
 def _require_measurable(folder: Path, config: Mapping[str, Any]) -> None:

@@ -125,7 +125,6 @@ ADAPTERS: dict[str, tuple[Mapping[str, Content], str]] = {
     "name_escape": (adapter(weights=renamed("base_model.model.a\x1b[2J.lora_{}.weight")), "bad"),
     "name_empty": (adapter(weights=renamed("base_model.model..lora_{}.weight")), "bad"),
     "only_a": (adapter(weights=tensors(A=(2, 4))), "bad"),
-    "shapes_differ": (adapter(weights=tensors(A=(2, 4), B=(4, 3))), "bad"),
 }
 MODELS: dict[str, tuple[Mapping[str, Content], str]] = {
     "empty_folder": ({"bad/readme.txt": "a"}, "bad"),
@@ -169,12 +168,21 @@ MODELS: dict[str, tuple[Mapping[str, Content], str]] = {
     "gguf_header": ({"bad.gguf": b"GGUF" + bytes(8)}, "bad.gguf"),
     "gguf_counts": ({"bad.gguf": b"GGUF" + struct.pack("<IQQ", 3, 2**62, 2**62)}, "bad.gguf"),
 }
-# Settings that only PEFT reads, when it loads the adapter
-UNUSED = {"config_code", "targets_number", "targets_pattern"}
+# What shows only when PEFT loads the adapter onto its model (tests/tasks/test_adapters.py)
+UNUSED = {
+    *("config_code", "targets_number", "targets_pattern", "rank_other"),
+    *(name for name in ADAPTERS if name.startswith("name_")),
+}
 PROJECT = "project --base none --aligned none --out out --adapter bad"
 DEFEND = "defend --method scale --knob factor=0.5 --out out --adapter bad"
 EVALUATE = "evaluate --model none --suite refusal --prompts p.jsonl --adapter bad"
 CASES = [
+    Case(
+        "defend_adapter_shapes_differ",
+        DEFEND,
+        "have different ranks",
+        written(adapter(weights=tensors(A=(2, 4), B=(4, 3)))),
+    ),
     *(
         Case(f"{command}_adapter_{name}", words, phrase, written({**PROMPTS, **files}))
         for command, words in (("project", PROJECT), ("defend", DEFEND))
