@@ -77,7 +77,7 @@ class SlurmSettings(Frozen):
     requeues: Count = 100
     python: str | None = None
     sbatch: tuple[str, ...] = ()
-    setup: str = ""
+    setup: Annotated[str, Field(max_length=1_000_000)] = ""
 
     @field_validator("time", mode="before")
     @classmethod
