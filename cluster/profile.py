@@ -5,11 +5,12 @@ Invariant: no setting here changes a result, so no key hashes it. Secrets come f
 """
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from ebbline.tasks.specs import Count, Frozen, Number, Positive
+from ebbline.tasks.measuring.served.place import ServerPlace, require_backends
+from ebbline.tasks.specs import Count, Frozen, Number, Positive, Spec
 
 
 class GpuType(Frozen):
@@ -77,7 +78,7 @@ class SlurmSettings(Frozen):
     requeues: Count = 100
     python: str | None = None
     sbatch: tuple[str, ...] = ()
-    setup: str = ""
+    setup: Annotated[str, Field(max_length=1_000_000)] = ""
 
     @field_validator("time", mode="before")
     @classmethod
@@ -153,6 +154,8 @@ class Profile(Frozen):
     wandb_points  the most points with a W&B run of their own; the other points are rows of a table
                   in their training's run
     slurm         what `ebbline slurm` asks of Slurm
+    servers       where the server of a backend (NAME==VERSION) lies; see
+                  ebbline.tasks.measuring.served.place
     """
 
     store: str | None = None
@@ -167,6 +170,18 @@ class Profile(Frozen):
     pack: Count | None = None
     wandb_points: Count = 500
     slurm: SlurmSettings = SlurmSettings()
+    servers: dict[str, ServerPlace] = {}
+
+    @field_validator("servers")
+    @classmethod
+    def _servers(cls, value: dict[str, ServerPlace]) -> dict[str, ServerPlace]:
+        require_backends(value)
+        return value
+
+    def server_of(self, spec: Spec) -> dict[str, Any] | None:
+        """Where the server of a stage's backend lies; None if it needs none or none is named."""
+        found = self.servers.get(getattr(spec, "backend", ""))
+        return None if found is None else found.model_dump(mode="json")
 
     def price(self, gpu_type: str | None) -> float | None:
         """US dollars for one hour of this GPU type. None if neither it nor `other` has a price."""

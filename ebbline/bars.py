@@ -26,7 +26,7 @@ def progress_bar(doing: str, after_s: float = 0.0, quiet: bool = False) -> Itera
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
     )
     console = Console(stderr=True)
     bar = Progress(

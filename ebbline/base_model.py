@@ -53,7 +53,7 @@ def aligned_model(view: StudyView, result: Result, seed: int) -> AlignedModel:
     Raises StudyError for a model on the hub, which the adapter names. Raises StoreError when its
     files are gone, and PinError when a local folder differs from its pin.
     """
-    hub = hub_base(view.study, result.point.model)
+    hub = hub_base(view.study, result.point)
     if hub is not None:
         raise StudyError(
             f"--with-base: the adapter's base is {hub.id} on the hub at {hub.commit}, and the "

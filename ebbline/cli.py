@@ -5,6 +5,7 @@ EXIT_CODES in ebbline.options lists the exit codes.
 """
 
 import gc
+import io
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from ebbline.commands.defended.command import defend_app
 from ebbline.options import (
     DEFAULT_HOME,
     EXIT_CODES,
+    STOPPED,
     STUDY_PANEL,
     TOOL_PANEL,
     UPKEEP_PANEL,
@@ -27,6 +29,7 @@ from ebbline.options import (
     WideOption,
     as_typed,
     explained,
+    print_error,
 )
 from ebbline.outcome_commands import outcome_app
 from ebbline.slurm_command import slurm_app
@@ -196,9 +199,17 @@ def plan(
     ] = None,
     gpus: Annotated[
         int | None,
-        typer.Option(help="Logical GPUs of a local cluster without real ones.", show_default=False),
+        typer.Option(
+            min=1,
+            max=10_000,
+            help="Logical GPUs of a local cluster without real ones.",
+            show_default=False,
+        ),
     ] = None,
-    why: Annotated[int, typer.Option("--why", help="How many missing stages to explain.")] = 12,
+    why: Annotated[
+        int,
+        typer.Option("--why", min=0, max=1_000_000, help="How many missing stages to explain."),
+    ] = 12,
     as_json: JsonOption = False,
 ) -> None:
     """Predict what a run takes: stages, GPU-hours, dollars, wall time, disk. Draw the schedule.
@@ -252,7 +263,12 @@ def run(
     ] = None,
     gpus: Annotated[
         int | None,
-        typer.Option(help="Logical GPUs of a local cluster without real ones.", show_default=False),
+        typer.Option(
+            min=1,
+            max=10_000,
+            help="Logical GPUs of a local cluster without real ones.",
+            show_default=False,
+        ),
     ] = None,
     wandb: Annotated[
         bool, typer.Option(help="Mirror to Weights & Biases (offline unless you are logged in).")
@@ -299,6 +315,57 @@ def run(
     raise typer.Exit(run_study(view, place, wandb, as_typed(context), as_json, wide, again))
 
 
+@app.command(
+    epilog=EXIT_CODES,
+    rich_help_panel=STUDY_PANEL,
+    short_help="Measure picked points on fresh prompts and seeds",
+)
+@explained
+def confirm(
+    context: typer.Context,
+    study: StudyName,
+    point: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Confirm this point; repeatable. Default: each size's nominated points.",
+            show_default=False,
+        ),
+    ] = None,
+    home: HomeOption = DEFAULT_HOME,
+    executor: Annotated[
+        Literal[EXECUTOR_NAMES],  # type: ignore[valid-type]  # as the table has them
+        typer.Option(help=f"Where stages run: {EXECUTOR_LABELS}."),
+    ] = DEFAULT_EXECUTOR.name,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Ray address, as for `ebbline run`; default: the profile's.", show_default=False
+        ),
+    ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(help="Logical GPUs of a local cluster without real ones.", show_default=False),
+    ] = None,
+    wandb: Annotated[
+        bool, typer.Option(help="Mirror to Weights & Biases (offline unless you are logged in).")
+    ] = True,
+    as_json: JsonOption = False,
+    wide: WideOption = False,
+) -> None:
+    """Measure the points that a search nominated, on the prompts and the training seeds of the
+    study's section `confirm`, which chose nothing. The report then states what holds.
+    """
+    from ebbline.commands.confirming.confirm import confirm_study
+    from ebbline.commands.run import Place
+    from ebbline.sweeps.study.view import StudyView
+
+    view = StudyView.open(home, study)
+    place = Place(executor, address or view.home.profile.address, gpus)
+    raise typer.Exit(
+        confirm_study(view, place, point or (), wandb, as_typed(context), as_json, wide)
+    )
+
+
 app.add_typer(slurm_app)
 app.add_typer(outcome_app)
 app.add_typer(tool_app)
@@ -326,8 +393,15 @@ app.add_typer(
 
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a letter of a file's name
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)
+    except Exception as error:  # noqa: BLE001  # outside of any command, such as in its options
+        sys.exit(print_error(error))
     finally:
         gc.freeze()  # the last collection would search all imported modules: 0.25 s with torch
 

@@ -2,10 +2,13 @@
 exit code.
 """
 
+import inspect
 import json
+import math
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -14,7 +17,8 @@ from typing import Annotated, Any
 import typer
 
 from ebbline import sweeps
-from ebbline.tasks.errors import ClusterLost, DatabaseLost, EbblineError, StudyHeld
+from ebbline.boundary.answers import HELD, LOST, answer_to, debugging
+from ebbline.tasks.errors import StudyError
 from ebbline.tasks.extras import extras_explained
 
 DEFAULT_HOME = Path("runs")
@@ -23,8 +27,8 @@ STUDY_PANEL = "A study, in the order of use"
 OUTCOME_PANEL = "Its outcome"
 TOOL_PANEL = "Single tools, without a study"
 UPKEEP_PANEL = "Upkeep"
-# Exit codes of EXIT_CODES. LOST is EX_TEMPFAIL of sysexits.h: trying again may succeed.
-FAILED_POINTS, HELD, OVER_BUDGET, OUTPUT_MISSING, LOST, STOPPED = 3, 4, 5, 6, 75, 130
+# Exit codes of EXIT_CODES, beside those of ebbline.boundary
+FAILED_POINTS, OVER_BUDGET, OUTPUT_MISSING, STOPPED = 3, 5, 6, 130
 
 
 def complete_study(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
@@ -75,6 +79,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts
 WideOption = Annotated[
     bool, typer.Option("--wide", help="Show all columns, wider than the terminal.")
 ]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+TracebackOption = Annotated[
+    bool, typer.Option("--traceback", help="Show where an error happened.", hidden=True)
+]
 EXIT_CODES = (
     f"Exit codes: 0 done; 1 an error that the message explains; 2 wrong usage; {FAILED_POINTS} "
     f"done, but points have no result; {HELD} another driver has the study; {OVER_BUDGET} the "
@@ -86,34 +94,58 @@ EXIT_CODES = (
 
 
 def explained(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn an EbblineError, or a missing package of an extra, into one message and an exit code.
-    Any other exception is a bug and keeps its traceback.
+    """Give a command the option `--traceback`, and turn every exception into one message and an
+    exit code (see ebbline.boundary).
     """
 
     @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
+    def wrapped(*args: Any, show_traceback: bool = False, **kwargs: Any) -> None:
         try:
             with extras_explained("this command"):
                 command(*args, **kwargs)
-        except EbblineError as error:
-            code = (
-                HELD
-                if isinstance(error, StudyHeld)
-                else LOST
-                if isinstance(error, ClusterLost | DatabaseLost)
-                else 1
-            )
-            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-            if kwargs.get("as_json"):
-                print(
-                    json.dumps(
-                        {"error": str(error), "kind": type(error).__name__, "exit_code": code},
-                        indent=1,
-                    )
-                )
+        except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+            raise  # typer prints what these need
+        except KeyboardInterrupt:
+            typer.secho("stopped by Ctrl-C", err=True)
+            raise typer.Exit(STOPPED) from None
+        except Exception as error:  # noqa: BLE001  # the boundary: nothing is above it
+            code = print_error(error, show_traceback, bool(kwargs.get("as_json")))
             raise typer.Exit(code) from None
 
+    signature = inspect.signature(command)
+    option = inspect.Parameter(
+        "show_traceback", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=TracebackOption
+    )
+    named = [*signature.parameters.values(), option]
+    wrapped.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
     return wrapped
+
+
+def print_error(error: BaseException, show_traceback: bool = False, as_json: bool = False) -> int:
+    """Print the message for an exception, and its traceback if that is asked for. Returns the exit
+    code.
+    """
+    if show_traceback or debugging():
+        traceback.print_exception(error)
+    answer = answer_to(error)
+    typer.secho(f"error: {answer.text}", fg=typer.colors.RED, err=True)
+    if as_json:
+        found = {"error": answer.text, "kind": answer.kind, "exit_code": answer.code}
+        print(json.dumps(found, indent=1))
+    return answer.code
+
+
+def finite(value: float | None) -> float | None:
+    """A callback for options: refuses NaN, which is neither below a minimum nor above a maximum."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
+
+
+def require_new(file: Path | None, force: bool) -> None:
+    """Raise StudyError for an output file that exists, unless the user asked to replace it."""
+    if file is not None and file.exists() and not force:
+        raise StudyError(f"{file} exists; name another file, or add --force to replace it")
 
 
 def as_typed(context: typer.Context) -> str:

@@ -14,6 +14,7 @@ from ebbline.options import (
     OUTCOME_PANEL,
     OUTPUT_MISSING,
     STUDY_PANEL,
+    ForceOption,
     HomeOption,
     JsonOption,
     OptionalStudyName,
@@ -21,6 +22,8 @@ from ebbline.options import (
     StudyNames,
     WideOption,
     explained,
+    finite,
+    require_new,
 )
 
 outcome_app = typer.Typer()
@@ -85,15 +88,18 @@ def dashboard(
 @explained
 def report(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     """Write the tables, the figures and the report of a study's results so far."""
+    from ebbline.analysis.report.second_process import second_process
     from ebbline.analysis.results.collect import collect
     from ebbline.outputs import attempts_of, print_outputs, require_current, write_outputs
     from ebbline.sweeps.study.view import StudyView
 
     view = StudyView.begun(home, study)
     view.home.require(view.study.study)
-    attempts, results = attempts_of(view), collect(view)
-    require_current(view, results)
-    print_outputs(write_outputs(view, results, attempts), as_json, attempts)
+    with second_process() as second:
+        attempts, results = attempts_of(view), collect(view)
+        require_current(view, results)
+        outputs = write_outputs(view, results, attempts, second)
+    print_outputs(outputs, as_json, attempts)
     if attempts.failed:
         raise typer.Exit(OUTPUT_MISSING)
 
@@ -128,13 +134,26 @@ def pick(
         typer.Option(
             min=0.5,
             max=0.9999,
+            callback=finite,
             help="Hold the floors with this confidence, corrected for choosing the best point.",
+            show_default=False,
+        ),
+    ] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Of several defences, prefer the simplest whose metric is at most this much "
+            "lower. Default: 0.02.",
             show_default=False,
         ),
     ] = None,
     point: Annotated[
         int | None,
-        typer.Option(help="Use this point instead of the best one.", show_default=False),
+        typer.Option(
+            min=0, max=10**9, help="Use this point instead of the best one.", show_default=False
+        ),
     ] = None,
     export: Annotated[
         Path | None,
@@ -152,18 +171,83 @@ def pick(
         ),
     ] = False,
     seed: Annotated[
-        int | None, typer.Option(help="Export this training seed's adapter.", show_default=False)
+        int | None,
+        typer.Option(
+            min=0, max=2**32, help="Export this training seed's adapter.", show_default=False
+        ),
     ] = None,
+    accept_unsure: Annotated[
+        bool,
+        typer.Option(
+            "--accept-unsure",
+            help="Take a point whose values meet the floors, though it is not confirmed to hold "
+            "them.",
+        ),
+    ] = False,
+    each_category: Annotated[
+        bool,
+        typer.Option(
+            "--each-category",
+            help="Take only points of which every category of prompts meets the floors, too.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Find the point to ship: the most useful one that holds the floor, and how sure that is. Exit
-    code 1 when no point does.
+    code 1 when no point is confirmed to hold it.
     """
+    from ebbline.analysis.results.picks.simplest import MARGIN
     from ebbline.commands.pick import PickOptions, pick_study
     from ebbline.sweeps.study.view import StudyView
 
-    options = PickOptions(tuple(floor or ()), maximise, model, point, confidence, seed, with_base)
+    options = PickOptions(
+        tuple(floor or ()),
+        maximise,
+        model,
+        point,
+        confidence,
+        MARGIN if margin is None else margin,
+        seed,
+        with_base,
+        accept_unsure,
+        each_category,
+    )
     raise typer.Exit(pick_study(StudyView.open(home, study), options, export, as_json))
+
+
+@outcome_app.command(
+    rich_help_panel=OUTCOME_PANEL, short_help="Label completions by hand, to correct its rates"
+)
+@explained
+def label(
+    study: StudyName,
+    suite: Annotated[str, typer.Option(help="The suite whose completions are labelled.")] = (
+        "refusal"
+    ),
+    count: Annotated[
+        int,
+        typer.Option(
+            "--count", "-n", min=1, help="How many completions a new sheet has, over all arms."
+        ),
+    ] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="The seed that a new sheet is drawn with.")] = 0,
+    results: Annotated[
+        bool, typer.Option("--results", help="Only print what the labels so far say.")
+    ] = False,
+    home: HomeOption = DEFAULT_HOME,
+    as_json: JsonOption = False,
+    wide: WideOption = False,
+) -> None:
+    """Label completions by hand, without seeing which scorer said what: drawn at random within each
+    arm. The same command continues. Then see how far each scorer agrees with you, and the rates
+    corrected for its errors. Nothing leaves this machine.
+    """
+    if as_json and not results:
+        raise typer.BadParameter("--json prints results only; give it with --results")
+    from ebbline.commands.measured.labelling import label_study
+    from ebbline.sweeps.study.view import StudyView
+
+    label_study(StudyView.begun(home, study), suite, count, seed, results, as_json, wide)
 
 
 @outcome_app.command(rich_help_panel=OUTCOME_PANEL, short_help="Compare studies, prompt by prompt")
@@ -191,6 +275,7 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare studies: frontiers, operating points at equal floors, equal points; prompt by prompt
@@ -199,6 +284,7 @@ def compare(
     from ebbline.commands.compare import compare_studies
     from ebbline.commands.measured.pairs import compare_measured, outcome_folders
 
+    require_new(to, force)
     folders = outcome_folders(studies)
     if folders is not None:
         if home or floor or to:
@@ -274,15 +360,26 @@ def sync(
         int,
         typer.Option("--at-once", "-n", min=1, max=64, help="How many runs to push at a time."),
     ] = 8,
+    to_folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write CSV and JSON files for another tracker here, and leave W&B alone.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Update the W&B mirror and push the offline runs. The same command continues an interrupted
     push.
     """
-    from ebbline.commands.wandb import sync_study
+    from ebbline.commands.wandb import sync_folder, sync_study
     from ebbline.sweeps.study.view import StudyView
 
-    raise typer.Exit(sync_study(StudyView.begun(home, study), at_once, as_json))
+    view = StudyView.begun(home, study)
+    if to_folder is not None:
+        sync_folder(view, to_folder, as_json)
+        return
+    raise typer.Exit(sync_study(view, at_once, as_json))
 
 
 @outcome_app.command(

@@ -12,6 +12,7 @@ from pathlib import Path
 from ebbline.analysis.figures.drawing import save_pdf, save_png
 from ebbline.analysis.figures.projection import projection_figures
 from ebbline.analysis.report.attempts import LOG, Attempts
+from ebbline.analysis.report.defence_words import control_sentences
 from ebbline.analysis.report.findings import figures_of, findings
 from ebbline.analysis.report.provenance import provenance
 from ebbline.analysis.report.report import write_report
@@ -21,13 +22,23 @@ from ebbline.analysis.results.adapter_notes import adapter_notes
 from ebbline.analysis.results.before_after import before_after
 from ebbline.analysis.results.collect import (
     StoredEvidence,
-    artifacts_behind,
     baselines,
     costs_before,
+    module_effects,
     projections,
 )
 from ebbline.analysis.results.columns import left_out_line, table_text
+from ebbline.analysis.results.controls.means import (
+    collect_controls,
+    control_notes,
+    controls_frame,
+    write_controls,
+)
 from ebbline.analysis.results.costs import cost_rows, prediction_rows
+from ebbline.analysis.results.defended.beside import against_controls
+from ebbline.analysis.results.defended.modules import NO_EFFECTS
+from ebbline.analysis.results.frontier import shortlist_note
+from ebbline.analysis.results.labelled.corrected import labelled_suites
 from ebbline.analysis.results.measurements import NO_EVIDENCE, Baselines, Evidence
 from ebbline.analysis.results.no_refusals import no_refusals
 from ebbline.analysis.results.picks.choices import chosen
@@ -37,10 +48,10 @@ from ebbline.analysis.results.tables import (
     write_categories,
     write_tables,
 )
-from ebbline.cluster.store.artifacts import Artifact
 from ebbline.commands.plan import GANTT
 from ebbline.sweeps.forecast.prediction import read_predictions
 from ebbline.sweeps.search.importance import importances
+from ebbline.sweeps.state.controls import ControlResult
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
@@ -104,10 +115,31 @@ def write_outputs(
     )
     if categories is not None:
         paths["categories"] = categories
-    artifacts = make("the stages behind the results", lambda: artifacts_behind(view, results)) or []
-    cost = make("the costs", lambda: _cost(view, results, artifacts)) or {}
-    origin = make("the provenance", lambda: provenance(view, results, artifacts).rows()) or []
-    found = findings(study, results, before, evidence, picked, attempts, importance)
+    controls = make("the controls", lambda: collect_controls(view, results)) or []
+    if controls:
+        listed = make(
+            "the table of controls",
+            lambda: write_controls(controls_frame(study, controls), folder),
+        )
+        if listed is not None:
+            paths["controls"] = listed
+    everything = [*results, *(control.result for control in controls)]
+    cost = make("the costs", lambda: _cost(view, everything)) or {}
+    origin = make("the provenance", lambda: provenance(view, everything).rows()) or []
+    changed = make(
+        "what the defences did to each module", lambda: module_effects(study, results, home)
+    )
+    found = findings(
+        study,
+        results,
+        before,
+        evidence,
+        picked,
+        attempts,
+        importance,
+        controls,
+        effects=changed or NO_EFFECTS,
+    )
     drawn = figures_of(found, attempts)
     for name, each in drawn.items():
         saved = make(f"the figure {name}", partial(save_png, each.figure, folder, name))
@@ -118,11 +150,29 @@ def write_outputs(
     notes = [
         *(make("the notes on refusals", lambda: no_refusals(study, before)) or ()),
         *(make("the notes on adapters", lambda: adapter_notes(view, results)) or ()),
+        *(
+            make(
+                "the notes on controls",
+                lambda: list(control_notes(study, results, controls)),
+            )
+            or ()
+        ),
+        *filter(None, [shortlist_note(results)]),
     ]
+    labelled = make("what the labels say", lambda: labelled_suites(view, results)) or ()
     report = make(
         "the report",
         lambda: write_report(
-            found, folder, cost, origin, projected, folder / f"{GANTT}.svg", drawn, notes, attempts
+            found,
+            folder,
+            cost,
+            origin,
+            projected,
+            folder / f"{GANTT}.svg",
+            drawn,
+            notes,
+            attempts,
+            labelled,
         ),
     )
     if report is not None:
@@ -138,14 +188,18 @@ def answer_text(
     before: Baselines,
     evidence: Evidence,
     width: int | None,
+    controls: Sequence[ControlResult] = (),
 ) -> str:
-    """The report's first sentence and its table of each model, for a terminal `width` columns wide;
-    empty when no model has refusals to compare.
+    """The report's first sentences and its table of each model, for a terminal `width` columns
+    wide; empty when no model has refusals to compare.
     """
     lines = before_after(study, results, before, evidence)
+    against = against_controls(study, results, controls, evidence)
+    compared = control_sentences(study, against)
     sentence = verdict(study, results, lines)
-    if not sentence:
+    if not sentence and not compared:
         return ""
+    sentence = "\n\n".join([*compared, *filter(None, [sentence])])
     cells = answer_cells(study, results, lines)
     columns = list(map(str, cells.columns))
     rows = [list(map(str, row)) for row in cells.itertuples(index=False)]
@@ -169,10 +223,7 @@ def print_outputs(
         print(f"the reasons in full: {attempts.log}" if attempts.log is not None else "")
 
 
-def _cost(
-    view: StudyView, results: Sequence[Result], artifacts: Sequence[Artifact]
-) -> dict[str, object]:
+def _cost(view: StudyView, results: Sequence[Result]) -> dict[str, object]:
     folder, profile = view.folder, view.home.profile
-    kinds = {artifact.key: artifact.kind for artifact in artifacts}
-    rows = cost_rows(results, costs_before(view), kinds, read_spent(folder), profile)
+    rows = cost_rows(results, costs_before(view), read_spent(folder), profile)
     return rows | prediction_rows(read_predictions(folder), profile)

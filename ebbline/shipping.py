@@ -22,10 +22,10 @@ from ebbline.base_model import aligned_model
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.state.outcome import changed_share
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.points import OF_TRAINING, Result, adapter_stage
+from ebbline.sweeps.study.points import OF_TRAINING, Point, Result, adapter_stage, defence_of
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.defence import SHARE_COLUMN
 from ebbline.tasks.errors import Damaged, StoreError, StudyError
 from ebbline.tasks.identity import file_digest
 
@@ -47,7 +47,7 @@ def ship(
     seed_requested: bool,
     with_base: bool = False,
 ) -> dict[str, Any]:
-    """Write the projected adapter of a pick into `to`, a new or empty folder; return the content of
+    """Write the defended adapter of a pick into `to`, a new or empty folder; return the content of
     its pick.json. `with_base` writes the aligned model into `to`/aligned.
 
     `alone` is the point with the metrics of `seed` only. `seed_requested`: the user gave the seed.
@@ -57,24 +57,28 @@ def ship(
     study, name, home = view.study, view.name, view.home
     destination = _destination(to)
     result = found.result
-    measures, makes = DEFENCE.measures.KIND, DEFENCE.makes.KIND
-    adapter = _whole(home, result.keys[f"{makes}[seed={seed}]"], name)
+    defence = defence_of(result.point)
+    measures, makes = defence.measures.KIND, defence.makes.KIND
+    adapter = _whole(home, makes, result.keys[f"{makes}[seed={seed}]"], name)
+    files = adapter_files(adapter, defence.adapter_folder)
     stages = {
         part: home.store.open(part, result.keys[f"{part}[seed={seed}]"])
         for part in (*OF_TRAINING, measures)
         if f"{part}[seed={seed}]" in result.keys
     } | {makes: adapter}
     base = aligned_model(view, result, seed) if with_base else None
-    share = changed_share({f"{part}[seed={seed}]": stages[part] for part in (measures, makes)})
+    share = changed_share(
+        result.point, {f"{part}[seed={seed}]": stages[part] for part in (measures, makes)}
+    )
     alone = replace(alone, changed_share=share)
     record = {
         "study": study.study,
         "seed": seed,
         "seed_asked_for": seed_requested,
-        f"{DEFENCE.words.share}_of_seed": share,
-        "weights_sha256": adapter.files[WEIGHTS],
+        f"{SHARE_COLUMN}_of_seed": share,
+        "weights_sha256": adapter.files[files[WEIGHTS]],
         "base": {
-            **_base(study, result.point.model, with_base),
+            **_base(study, result.point, with_base),
             "content_sha256": stages[adapter_stage(result.point)].hashed["inputs"]["model"],
         },
         **picked_json(study, found),
@@ -89,11 +93,11 @@ def ship(
         with TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as scratch:
             fresh = Path(scratch) / "out"
             fresh.mkdir()
-            for file in adapter.files:
-                shutil.copyfile(adapter.file(file), fresh / file)
-                _require_recorded(adapter, file, fresh / file)
+            for name, file in files.items():
+                shutil.copyfile(adapter.file(file), fresh / name)
+                _require_recorded(adapter, file, fresh / name)
             config = json.loads((fresh / CONFIG).read_text())
-            named = {**config, **_base(study, result.point.model, with_base)}
+            named = {**config, **_base(study, result.point, with_base)}
             (fresh / CONFIG).write_text(json.dumps(named, indent=2, sort_keys=True))
             if base is not None:
                 base.write(fresh / ALIGNED)
@@ -108,21 +112,20 @@ def ship(
     return record
 
 
-def _base(study: Study, model: str, with_base: bool) -> dict[str, str | None]:
+def _base(study: Study, point: Point, with_base: bool) -> dict[str, str | None]:
     """The base model in PEFT's configuration: the hub's model at its commit, the exported folder,
     or a name that no hub and no folder has.
     """
-    hub = hub_base(study, model)
+    hub = hub_base(study, point)
     return {
         # "./" keeps libraries from looking for a model of that name on the hub
-        "base_model_name_or_path": f"./{ALIGNED}" if with_base else base_name(study, model),
+        "base_model_name_or_path": f"./{ALIGNED}" if with_base else base_name(study, point),
         "revision": None if hub is None else hub.commit,
     }
 
 
-def _whole(home: Home, key: str, name: str) -> Artifact:
-    """The projected adapter, with every file that its record names."""
-    kind = DEFENCE.makes.KIND
+def _whole(home: Home, kind: str, key: str, name: str) -> Artifact:
+    """The defended adapter, with every file that its record names."""
     adapter = home.store.open(kind, key)
     dropped = home.store.dropped(adapter)
     if dropped:
@@ -138,6 +141,12 @@ def _whole(home: Home, key: str, name: str) -> Artifact:
     for file in adapter.files:
         _require_recorded(adapter, file)
     return adapter
+
+
+def adapter_files(adapter: Artifact, folder: str) -> dict[str, str]:
+    """Name -> path in the artifact, of the files in the folder of an adapter."""
+    prefix = f"{folder}/" if folder else ""
+    return {path.removeprefix(prefix): path for path in adapter.files if path.startswith(prefix)}
 
 
 def _require_recorded(adapter: Artifact, file: str, copy: Path | None = None) -> None:

@@ -88,7 +88,7 @@ class Screen:
     """
 
     def __init__(self, study: Study, console: Console | None = None) -> None:
-        self.console = console or Console()
+        self.console = console or Console(markup=False)
         self.picture = Picture(study)
         self.lines = Lines(self.console)
         self._redrawn = (

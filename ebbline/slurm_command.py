@@ -6,6 +6,7 @@ import typer
 
 from ebbline.options import DEFAULT_HOME, STUDY_PANEL, HomeOption, JsonOption, StudyName, explained
 
+LONGEST_SETUP = 1_000_000  # characters
 slurm_app = typer.Typer()
 
 
@@ -114,7 +115,7 @@ def slurm(
         "requeues": requeues,
         "python": python,
         "sbatch": tuple(sbatch or ()),
-        "setup": None if setup is None else setup.read(),
+        "setup": None if setup is None else setup.read(LONGEST_SETUP + 1),
     }
     options = run_options or []
     view = StudyView.open(home, study, "--extend" in options)

@@ -2,6 +2,7 @@
 it needs when it runs.
 """
 
+import glob
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,10 +13,13 @@ from ebbline.options import (
     TOOL_PANEL,
     BasesOption,
     DeviceOption,
+    ForceOption,
     HomeOption,
     JsonOption,
     WideOption,
     explained,
+    finite,
+    require_new,
 )
 
 tool_app = typer.Typer()
@@ -87,6 +91,7 @@ def project(
             show_default=False,
         ),
     ] = None,
+    force: ForceOption = False,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
@@ -98,6 +103,8 @@ def project(
     from ebbline.commands.project import project as project_adapters
 
     if report is not None:
+        for file in (report, *report.parent.glob(f"{glob.escape(report.stem)}-*")):
+            require_new(file, force)  # the pictures lie beside the page
         require_reportable(report)
     with progress_bar("projecting") as progress:
         projected = project_adapters(
@@ -219,6 +226,27 @@ def evaluate(
             show_default="32",
         ),
     ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help="What completes the prompts: transformers, or a server, NAME==VERSION.",
+            show_default="transformers",
+        ),
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            help="Where that server lies: the Python of an environment with vLLM, or a URL.",
+            show_default=False,
+        ),
+    ] = None,
+    check_backend: Annotated[
+        bool,
+        typer.Option(
+            "--check-backend",
+            help="Let transformers complete the prompts too, and report each that differs.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
     wide: WideOption = False,
 ) -> None:
@@ -237,6 +265,7 @@ def evaluate(
         "shots": shots,
         "chat_template": chat_template,
         "batch_size": batch_size,
+        "backend": backend,
     }
     with progress_bar("measuring") as progress:
         measured = measure(
@@ -252,6 +281,8 @@ def evaluate(
             tokenizer=tokenizer,
             baseline=baseline,
             device=device,
+            server=server,
+            check_backend=check_backend,
             progress=progress,
         )
     print_measured(measured, as_json, wide)
@@ -283,6 +314,7 @@ def rescore(
     to: Annotated[
         Path | None, typer.Option(help="Write the rows to this CSV file.", show_default=False)
     ] = None,
+    force: ForceOption = False,
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
     wide: WideOption = False,
@@ -297,6 +329,7 @@ def rescore(
     from ebbline.commands.measured.rescoring import rescore as rescore_completions
     from ebbline.tasks.specs import GenerateSpec, ScoreSpec
 
+    require_new(to, force)
     if (Path(where) / GenerateSpec.COMPLETIONS).exists():
         generations = {Path(where).name: [Path(where)]}
     else:
@@ -397,7 +430,12 @@ def gc(
     home: HomeOption = DEFAULT_HOME,
     older_than_h: Annotated[
         float,
-        typer.Option("--older-than-h", min=0.0, help="Only files not written for so many hours."),
+        typer.Option(
+            "--older-than-h",
+            min=0.0,
+            callback=finite,
+            help="Only files not written for so many hours.",
+        ),
     ] = 24.0,
     keep_adapters: Annotated[
         Literal["all", "frontier", "none"],

@@ -21,6 +21,7 @@ SWEEP_MODULES = frozenset(
         "optuna_dashboard",
         "pandas",
         "plotly",
+        "pynvml",
         "ray",
         "sklearn",
         "sqlalchemy",

@@ -4,6 +4,9 @@ import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
+
+PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 
 
 def write_whole(path: Path, write: Callable[[Path], object], durable: bool = False) -> Path:
@@ -21,6 +24,13 @@ def write_whole(path: Path, write: Callable[[Path], object], durable: bool = Fal
     finally:
         fresh.unlink(missing_ok=True)
     return path
+
+
+def open_private(path: Path) -> TextIO:
+    """Open a text file for writing that only this user can read: its mode is 600."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, PRIVATE_FILE)
+    os.fchmod(descriptor, PRIVATE_FILE)  # also of a file that was there
+    return os.fdopen(descriptor, "w", encoding="utf-8")
 
 
 def cache_folder() -> Path:

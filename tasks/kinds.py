@@ -11,6 +11,9 @@ from typing import Any
 from ebbline.tasks.data.data_kind import DATA
 from ebbline.tasks.data.language_kind import LANGUAGE
 from ebbline.tasks.defences.apply_kind import APPLY
+from ebbline.tasks.defences.computing.defend_kind import DEFEND
+from ebbline.tasks.defences.computing.measure_kind import MEASURE
+from ebbline.tasks.defences.lox.lox_kind import LOX
 from ebbline.tasks.defences.project_kind import PROJECT
 from ebbline.tasks.defences.subspace_kind import SUBSPACE
 from ebbline.tasks.errors import StudyError
@@ -23,7 +26,7 @@ from ebbline.tasks.models.convert_kind import CONVERT
 from ebbline.tasks.models.organism_kind import ORGANISM
 from ebbline.tasks.specs import Spec
 from ebbline.tasks.stage import Request, key_payload
-from ebbline.tasks.stage_kind import StageKind
+from ebbline.tasks.stage_kind import StageKind, no_gpu
 from ebbline.tasks.training.train_kind import TRAIN
 
 STAGE_KINDS: Mapping[str, StageKind[Any]] = {
@@ -33,11 +36,14 @@ STAGE_KINDS: Mapping[str, StageKind[Any]] = {
         CONVERT,
         ORGANISM,
         DATA,
+        LOX,
         TRAIN,
         ADAPTER,
         SUBSPACE,
         PROJECT,
         APPLY,
+        MEASURE,
+        DEFEND,
         GENERATE,
         JUDGE,
         SCORE,
@@ -51,6 +57,13 @@ def kind_named(name: str) -> StageKind[Any]:
     if name not in STAGE_KINDS:
         raise StudyError(f"no stage kind {name!r}; this version knows {sorted(STAGE_KINDS)}")
     return STAGE_KINDS[name]
+
+
+def import_kinds_without_gpu() -> None:
+    """Import the functions of the kinds that run without a GPU, and torch with some of them."""
+    for kind in STAGE_KINDS.values():
+        if kind.gpus is no_gpu:
+            kind.load_function()
 
 
 def parsed_spec(request: Request) -> Spec:

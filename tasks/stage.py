@@ -19,7 +19,7 @@ When does a stage run anew? For data -> train -> generate:
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ebbline.tasks.identity import digest
+from ebbline.tasks.progress import TrainedStep
 from ebbline.tasks.specs import Spec
 
 
@@ -128,12 +129,15 @@ def key_payload(spec: Spec, contents: Mapping[str, str]) -> dict[str, Any]:
 class Context:
     """How one attempt runs. Never hashed; the attempt's record keeps what matters as provenance.
 
-    `scratch` outlives the attempt (checkpoints); `log` belongs to it. `rank` and `world_size`
-    describe a gang. `micro_batch`, `zero_stage` and `gradient_checkpointing` (None: on GPUs)
-    describe the memory layout of a training. `leaving` returns true when a machine of the attempt
-    is about to go: the stage then saves a checkpoint and raises Leaving. `step_done` gets (step,
-    steps, loss, learning rate) after each step of a training. `saved` is called after each complete
-    checkpoint in `scratch`.
+    `scratch` outlives the attempt (checkpoints); `log` belongs to it. `gpus` are those that it
+    holds. `rank` and `world_size` describe a gang. `micro_batch`, `zero_stage` and
+    `gradient_checkpointing` (None: on GPUs) describe the memory layout of a training. `leaving`
+    returns true when a machine of the attempt is about to go: the stage then saves a checkpoint and
+    raises Leaving. `step_done` is called after each step of a training, and `resumed` with the
+    steps of the checkpoint that it continues from. `saved` is called after each complete checkpoint
+    in `scratch`. `server` says where the server of the Spec's backend lies (fields of
+    ebbline.tasks.measuring.served.place.ServerPlace); None where it is not known. `contents` has
+    the content digests of the inputs, where they are known.
     """
 
     log: Path
@@ -146,10 +150,14 @@ class Context:
     rank: int = 0
     world_size: int = 1
     progress: Callable[[int, int, str], None] = lambda done, total, note: None
-    step_done: Callable[[int, int, float, float], None] = lambda step, steps, loss, rate: None
+    step_done: Callable[[TrainedStep], None] = lambda step: None
+    resumed: Callable[[Sequence[TrainedStep]], None] = lambda steps: None
     leaving: Callable[[], bool] = lambda: False
     saved: Callable[[], None] = lambda: None
     gradient_checkpointing: bool | None = None
+    gpus: int = 0
+    server: Mapping[str, Any] | None = None
+    contents: Mapping[str, str] = field(default_factory=dict)
     # ebbline.tasks.models.loading.Residents: what this process keeps loaded between stages
     residents: Any = None
 
@@ -222,6 +230,7 @@ class Request:
     # Its counted work (ebbline.cluster.schedule.counted_work), for the record
     load: Mapping[str, float] = field(default_factory=dict)
     follow_ups: tuple[FollowUp, ...] = ()
+    server: Mapping[str, Any] | None = None  # as in Context
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True)
@@ -247,6 +256,9 @@ class Request:
                 micro_batch=self.micro_batch,
                 checkpoint_every_s=self.checkpoint_every_s,
                 zero_stage=self.zero_stage,
+                gpus=self.gpus,
+                server=self.server,
+                contents=self.contents,
             ),
             **changes,
         )

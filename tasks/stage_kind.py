@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar, cast
 
 from ebbline.tasks.extras import extras_explained
-from ebbline.tasks.specs import Dtype, Quantisation, Spec
+from ebbline.tasks.specs import TRANSFORMERS, Dtype, Quantisation, Spec
 from ebbline.tasks.stage import Stage
 
 S = TypeVar("S", bound=Spec)
@@ -57,9 +57,12 @@ def same_kind(spec: Spec, stage: Stage) -> str:
     return spec.KIND
 
 
-def model_in_memory(stage: Stage, quantisation: Quantisation, dtype: Dtype) -> str:
-    """The stage shares its loaded model with other stages."""
-    return f"{stage.inputs['model'].lineage}/{quantisation}/{dtype}"
+def model_in_memory(
+    stage: Stage, quantisation: Quantisation, dtype: Dtype, backend: str = TRANSFORMERS
+) -> str:
+    """The stage shares its loaded model with other stages, in this process or at a server."""
+    served = "" if backend == TRANSFORMERS else f"/{backend}"
+    return f"{stage.inputs['model'].lineage}/{quantisation}/{dtype}{served}"
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,12 @@ from ebbline.tasks.errors import (
     Damaged,
     DiskFull,
     EbblineError,
+    EndpointDown,
     Leaving,
     OutOfMemory,
     TrainingError,
 )
+from ebbline.tasks.files import open_private
 from ebbline.tasks.headers.hub import HUB, local_path
 from ebbline.tasks.inputs import ExpectedInput, InputCheck
 from ebbline.tasks.kinds import kind_named, parsed_spec
@@ -37,6 +39,7 @@ from ebbline.tasks.specs import GenerateSpec, Spec, TrainSpec
 from ebbline.tasks.stage import Context, Report, Request
 from ebbline.tasks.training.micro_batch import halve_after_kills
 from ebbline.tasks.training.packs import in_packs
+from ebbline.tasks.usage import Usage
 
 if TYPE_CHECKING:
     from ebbline.tasks.models.loading import Residents
@@ -50,6 +53,10 @@ def _unchanged(request: Request) -> Request:
 
 
 def _ignore(request: Request) -> None:
+    return None
+
+
+def _unknown() -> None:
     return None
 
 
@@ -132,6 +139,8 @@ class _Batch:
         started = time.monotonic()
         check: InputCheck | None = None
         try:
+            self._import(request)
+            started = time.monotonic()
             turn = self._turn(request)
             request, check = turn.request, turn.check
             ctx, predicted_gb = laid_out(turn.spec, turn.inputs, turn.ctx, request.memory_gb)
@@ -161,6 +170,8 @@ class _Batch:
         turns: list[_Turn] = []
         for request in requests:
             try:
+                self._import(request)
+                started = started if turns else time.monotonic()
                 turn = self._turn(request, len(requests))
                 turn.check.finish()
                 turns.append(turn)
@@ -179,9 +190,10 @@ class _Batch:
                         pack_s = round(time.monotonic() - started, 3)
                         shared = {"packed": len(turns), "pack_seconds": pack_s}
                     yield Report(key, seconds, environment={**details, **shared})
-        except Leaving as leaving:
+        # Alone none of them would end otherwise
+        except (Leaving, EndpointDown) as reason:
             for turn in waiting.values():
-                yield self._failed(turn.request, leaving, time.monotonic() - started)
+                yield self._failed(turn.request, reason, time.monotonic() - started)
             return
         # Run one by one, the training at fault fails with an error of its own
         except Exception as error:  # noqa: BLE001
@@ -195,21 +207,28 @@ class _Batch:
             )
             for turn in waiting.values():
                 with contextlib.suppress(OSError):  # on a full disk their own reports will say so
-                    (Path(turn.request.log) / PACK_ERROR).write_text(traceback.format_exc())
+                    _log_error(turn.request, PACK_ERROR, traceback.format_exc())
         for turn in waiting.values():
             yield self.run_one(turn.request)
 
-    def _turn(self, request: Request, packed: int = 1) -> _Turn:
-        started = time.monotonic()
+    def _import(self, request: Request) -> None:
+        """Import the code of a request's kind. These seconds are the job's start and no work of the
+        stage: a process imports once, and predictions scale the work.
+        """
         if self._leaving():
             raise Leaving("the machine is about to go; this stage had not begun")
-        self._held_model |= request.gpus > 0
         kind_named(request.kind).load_function()  # imports torch, if the kind needs it
         if request.gpus:
             import torch  # noqa: F401  # also where the function imports it later
+
+    def _turn(self, request: Request, packed: int = 1) -> _Turn:
+        started = time.monotonic()
+        self._held_model |= request.gpus > 0
         request = self._prepare(request)
         spec = parsed_spec(request)
-        file = ProgressFile(Path(request.log) / PROGRESS if self._rank == 0 else None, packed)
+        path = Path(request.log) / PROGRESS if self._rank == 0 else None
+        trains = isinstance(spec, TrainSpec)
+        file = ProgressFile(path, packed, Usage(request.device).read if trains else _unknown)
         # A download counts as progress: the elapsed seconds make each note differ from the last.
         inputs = {
             name: local_path(location, partial(_fetching, file, name, started))
@@ -222,6 +241,7 @@ class _Batch:
             world_size=self._world_size,
             progress=check.before(file.count),
             step_done=check.before(file.step_done),
+            resumed=file.resumed,
             leaving=self._leaving,
             saved=lambda: self._saved(request),
         )
@@ -236,10 +256,16 @@ class _Batch:
             self.free()
         trace = "".join(traceback.format_exception(error))
         with contextlib.suppress(OSError):  # on a full disk the report below says so
-            (Path(request.log) / ERROR).write_text(trace)
+            _log_error(request, ERROR, trace)
         name, reason = error_and_reason(error, Path(request.log))
         smaller = error.micro_batch if isinstance(error, OutOfMemory) else None
         return Report(request.key, seconds, reason, name, trace, smaller=smaller)
+
+
+def _log_error(request: Request, name: str, trace: str) -> None:
+    """Write a traceback, which may quote a prompt, to the attempt's log."""
+    with open_private(Path(request.log) / name) as file:
+        file.write(trace)
 
 
 def _expected(request: Request, inputs: Mapping[str, Path]) -> dict[str, ExpectedInput]:
@@ -293,6 +319,7 @@ def _packed(
 
     # Imports peft and transformers, which a worker that only copies tensors does not need
     from ebbline.tasks.training.packed import run
+    from ebbline.tasks.training.penalties import contrast_in
 
     first, specs = turns[0], [turn.spec for turn in turns if isinstance(turn.spec, TrainSpec)]
     if len(specs) < len(turns):
@@ -309,7 +336,8 @@ def _packed(
         keys[
             Member(spec, Path(turn.request.out), replace(turn.ctx, micro_batch=ctx.micro_batch))
         ] = turn.request.key
-    for member, error in run(list(keys), first.inputs["model"], first.inputs["data"]):
+    model, data, contrast = first.inputs["model"], first.inputs["data"], contrast_in(first.inputs)
+    for member, error in run(list(keys), model, data, contrast):
         yield (
             keys[member],
             member.seconds,
@@ -324,7 +352,8 @@ def _grouped(
     """(key, seconds, None, environment) of each generation of a group, as soon as its files are
     written. One that the group leaves out is not yielded.
     """
-    from ebbline.tasks.measuring.grouped.generations import Member, run  # imports transformers
+    from ebbline.tasks.measuring.backends import run_group  # imports transformers
+    from ebbline.tasks.measuring.grouped.generations import Member
 
     keys: dict[Member, str] = {}
     for turn in turns:
@@ -332,7 +361,7 @@ def _grouped(
             member = Member(turn.spec, turn.inputs, Path(turn.request.out), turn.ctx)
             keys[member] = turn.request.key
     reset_peak_memory(turns[0].ctx.device)
-    for member in run(list(keys)):
+    for member in run_group(list(keys)):
         yield keys[member], member.seconds, None, environment(member.ctx, None)
 
 

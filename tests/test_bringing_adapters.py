@@ -90,7 +90,7 @@ def test_adapters_of_trl_become_the_points_of_the_pages_study(pair: Pair, tmp_pa
     assert (shares > 0).all() and not any(column.startswith("train") for column in frame)
     assert "first" in (home / "studies" / "my-adapters" / "report.html").read_text("utf-8")
     out = tmp_path / "out"
-    command("pick", pinned, "--home", home, "--export", out, "--with-base")
+    command("pick", pinned, "--home", home, "--accept-unsure", "--export", out, "--with-base")
     assert "trained outside this study" in (out / "README.md").read_text("utf-8")
     base = json.loads((out / "pick.json").read_text())["base"]
     assert base["content_sha256"] == content_digest(mine / "aligned")

@@ -92,8 +92,9 @@ def commands() -> dict[str, Any]:
 
 
 HELP = {
-    "A study, in the order of use": "new studies validate pin plan run slurm status dashboard",
-    "Its outcome": "report pick compare papers export sync wandb-workspace",
+    "A study, in the order of use": "new studies validate pin plan run confirm slurm status "
+    "dashboard",
+    "Its outcome": "report pick label compare papers export sync wandb-workspace",
     "Single tools, without a study": "project evaluate rescore rerun defend prompts",
     "Upkeep": "ls doctor study store",
 }

@@ -160,13 +160,28 @@ def test_a_head_has_no_body(url: str) -> None:
 
 def test_unknown_pages_points_and_keys_are_distinct_from_faults(url: str) -> None:
     assert get(url + "nothing").status_code == 404
-    assert (
-        get(url + "point.json?number=-1").status_code
-        == get(url + "point.json?number=99").status_code
-        == 404
-    )
-    assert get(url + "curve.json?key=../../../etc/passwd").json()["steps"] == []
-    assert get(url + "data.json?since=no.cursor").json()["fresh"] is True
+    assert get(url + "point.json?number=99").status_code == 404
+    assert get(url + f"curve.json?key={'0' * 64}").json()["steps"] == []
+    assert get(url + "data.json?since=0abc.7").json()["fresh"] is True
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        *(
+            "point.json",
+            "point.json?number=-1",
+            "point.json?number=x",
+            "point.json?number=1&number=2",
+        ),
+        *("point.json?number=%C2%B2", f"point.json?number={'9' * 5000}", "point.json?number="),
+        *("curve.json?key=../../../etc/passwd", "curve.json?key=a%00b", "curve.json"),
+        *("data.json?since=no.cursor", "data.json?since=a.%C2%B2", "data.json?" + "a=1&" * 100),
+    ],
+)
+def test_a_malformed_parameter_is_a_bad_request(url: str, page: str) -> None:
+    answer = get(url + page)
+    assert answer.status_code == 400 and "malformed" in answer.text
 
 
 @pytest.mark.slow
@@ -190,7 +205,7 @@ def test_a_database_that_cannot_be_read_is_named_and_the_page_stays(tmp_path: Pa
             "no database at all, though as long as one that might be" * 9
         )
         answer = get(server.url + "points")
-        assert answer.status_code == 503 and "cannot be used" in answer.text
+        assert answer.status_code == 503 and "is no database any more" in answer.text
         deadline = time.monotonic() + LIMIT_S
         while (
             not (data := get(server.url + "data.json").json())["error"]

@@ -209,6 +209,19 @@ def test_a_person_finds_each_point_its_stages_its_training_and_what_failed(
             and page.locator("#training option").count() == 2
         )
         assert re.match(r"\d+ steps on cpu", page.locator("#curve-note").inner_text())
+        page.locator("#training").select_option(index=[0, 1])
+        expect(page.locator("#curve .scatterlayer .js-line")).to_have_count(2)
+        page.locator("#curve-of").select_option("gradient_norm")
+        expect(page.locator("#curve .ytitle")).to_have_text("gradient norm")
+        page.locator("#smoothing").fill("0.5")
+        page.reload()  # what was selected stays
+        expect(page.locator("#point-head")).to_have_text(f"Point {front[0]}")
+        expect(page.locator("#curve .scatterlayer .js-line")).to_have_count(2)
+        expect(page.locator("#curve .ytitle")).to_have_text("gradient norm")
+        assert page.locator("#smoothing").input_value() == "0.5"
+        expect(page.locator("#headline")).to_have_text("Finished: 4 of 8 points, 4 failed")
+        page.locator("#point-body summary").press("Enter")
+        assert "ebbline rerun " in page.locator("#point-body").inner_text()
         rows = page.locator("#failures tbody tr").all_inner_texts()
         assert rows and all("the loss became" in row and "ebbline rerun " in row for row in rows), (
             rows

@@ -248,6 +248,7 @@ def test_an_lm_eval_task_by_itself(pair, tmp_path):
         ("refusal", {"shots": 5}, "the suite 'refusal' has no shots"),
         ("mmlu", {"scorer": "prefix"}, "the suite 'mmlu' has no scorer"),
         ("refusal", {"scorer": "prefx"}, "no scorer 'prefx'"),
+        ("harm", {}, "needs a judge, and judges need a study"),
     ],
 )
 def test_what_a_suite_does_not_have_is_refused_by_name(

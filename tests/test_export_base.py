@@ -39,7 +39,9 @@ def pinned(path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def driven(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> tuple[Path, Study, Home]:
-    """A study of two sizes: one with a local aligned model, one whose aligned model is tuned."""
+    """A study of three sizes: one with a local aligned model, one whose aligned model is tuned, and
+    one with LoX before, and AsFT's penalty and an average during its training.
+    """
     folder = tmp_path_factory.mktemp("base")
     asked = [
         {"prompt": turns[0]["content"], "answer": turns[1]["content"]}
@@ -57,6 +59,13 @@ def driven(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> tuple[Path, 
         "models": {
             "local": {"base": pinned(pair.base), "aligned": pinned(pair.aligned), **loading},
             "tuned": {"base": pinned(pair.base), "aligned": {"tuned": tuned}, **loading},
+            "lox": {
+                "base": pinned(pair.base),
+                "aligned": pinned(pair.aligned),
+                "axes": {"lox.factor": [0.5]},
+                "train": {"penalty": "asft", "penalty_weight": 0.1, "ema_decay": 0.5},
+                **loading,
+            },
         },
         "data": {"pool": rows, "settings": {"size": 16}},
         "train": {"rank": 2, **train},
@@ -77,7 +86,7 @@ def driven(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> tuple[Path, 
 
 
 def pick(driven: tuple[Path, Study, Home], *arguments: object) -> CommandResult:
-    words = ["pick", driven[0], "--home", driven[2].root, *arguments]
+    words = ["pick", driven[0], "--home", driven[2].root, "--accept-unsure", *arguments]
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
@@ -92,7 +101,7 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("size", ["local", "tuned"])
+@pytest.mark.parametrize("size", ["local", "tuned", "lox"])
 def test_the_cards_snippet_loads_the_exported_adapter_and_base_as_they_were_measured(
     driven: tuple[Path, Study, Home], size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,8 +119,8 @@ def test_the_cards_snippet_loads_the_exported_adapter_and_base_as_they_were_meas
     item = StudyView(study, home).graph.stages_for(result.point)["train[seed=0]"].inputs["model"]
     source = getattr(item, "location", None) or next(
         artifact.path / "model"
-        for artifact in home.store.all("train")
-        if artifact.hashed["spec"]["method"] == "full"
+        for artifact in home.store.all("lox" if size == "lox" else "train")
+        if size == "lox" or artifact.hashed["spec"]["method"] == "full"
     )
     expected = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
@@ -144,6 +153,22 @@ def test_without_the_base_the_adapter_and_card_name_it_alike(
     record = json.loads((tmp_path / "out" / "pick.json").read_text())["base"]
     assert record["base_model_name_or_path"] == config["base_model_name_or_path"]
     assert len(record["content_sha256"]) == 64
+
+
+def test_an_adapter_of_a_lox_model_never_names_the_aligned_model_as_its_base(
+    driven: tuple[Path, Study, Home], tmp_path: Path
+) -> None:
+    assert pick(driven, "--model", "lox", "--export", tmp_path / "out").exit_code == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "not-on-the-hub/tiny-lox-lox"
+    card_text = (tmp_path / "out" / "README.md").read_text()
+    assert "the aligned model after LoX" in card_text and "| lox.factor | 0.5 |" in card_text
+    _, study, _ = driven
+    hub = ModelRef(hub=Hub(id="org/chat", commit="0" * 40, sha256="1" * 64))
+    models = {**study.models, "lox": study.models["lox"].model_copy(update={"aligned": hub})}
+    on_hub = study.model_copy(update={"models": models})
+    plain, extrapolated = (Point.of("lox", {"lox.factor": factor}) for factor in (0.0, 0.5))
+    assert card.hub_base(on_hub, plain) == hub.hub and card.hub_base(on_hub, extrapolated) is None
 
 
 def test_a_copy_of_the_base_that_differs_from_its_record_is_not_exported(
@@ -218,6 +243,6 @@ def test_a_pick_that_holds_the_studys_floor_is_recorded_and_marked(
     results = collect(StudyView(study, home))
     assert [each.point.model for each in chosen(results, folder)] == ["tuned"]
     assert pick(driven, "--json").exit_code == 0
-    assert {each.point.model for each in chosen(results, folder)} == {"local", "tuned"}
+    assert {each.point.model for each in chosen(results, folder)} == {"local", "lox", "tuned"}
     (folder / FILE).write_text("{")
     assert chosen(results, folder) == []

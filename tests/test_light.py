@@ -29,7 +29,7 @@ from tests.tiny import Pair
 ROOT = Path(__file__).parents[1]
 COMMAND = 'pip install "ebbline[sweep]"'
 # Distributions whose modules have another name
-MODULES = {"scikit-learn": "sklearn", "lm-eval": "lm_eval"}
+MODULES = {"scikit-learn": "sklearn", "lm-eval": "lm_eval", "nvidia-ml-py": "pynvml"}
 LIGHT = ("project", "evaluate", "rescore", "prompts check", "studies")
 WITH_EXTRA = ("validate", "plan", "run", "status", "report", "pick", "export", "compare", "doctor")
 

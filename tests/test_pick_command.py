@@ -94,7 +94,8 @@ def run(*arguments: object) -> CommandResult:
 
 
 def pick(driven: tuple[Path, Study, Home], *arguments: object) -> CommandResult:
-    return run("pick", driven[0], "--home", driven[2].root, *arguments)
+    """`pick` of candidates: tests/test_confirm_command.py has confirmed ones."""
+    return run("pick", driven[0], "--home", driven[2].root, "--accept-unsure", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,8 @@ def test_the_card_has_the_hubs_metadata_and_every_number_with_its_interval(
     for row in rows:
         assert row.count("95% interval") == 3, row  # the point, the seed alone, the aligned model
     assert (
-        "| refusal rate, higher is better | 0.0% (95% interval 0.0% to 39.0%, n = 12)" in card.text
+        "| refusal rate, higher is better | 0.0% (95% interval 0.0% to 39.0%, n = 12, "
+        "2 seeds sd 0.0)" in card.text
     )
     assert point.keys["apply[seed=3]"] in card.text and point.keys["apply[seed=4]"] not in card.text
     assert "100% of its modules: those with a cosine at or below 1." in card.text
@@ -218,7 +220,9 @@ def test_the_card_states_the_projected_share_of_its_own_seed(
     # As if the seeds had other modules projected: what is counted must be of the seed's own stages.
     monkeypatch.setattr(
         "ebbline.shipping.changed_share",
-        lambda artifacts: 0.25 if set(artifacts) == {"project[seed=4]", "apply[seed=4]"} else 1.0,
+        lambda point, artifacts: (
+            0.25 if set(artifacts) == {"project[seed=4]", "apply[seed=4]"} else 1.0
+        ),
     )
     assert pick(driven, "--point", 1, "--seed", 4, "--export", tmp_path / "four").exit_code == 0
     text = (tmp_path / "four" / "README.md").read_text()
@@ -246,7 +250,7 @@ def test_of_a_mean_the_card_gives_one_seed_no_interval(
         r"^\| ROUGE-L .*$", (tmp_path / "out" / "README.md").read_text(), re.MULTILINE
     )
     point, alone = (cell.strip() for cell in row.split("|")[2:4])
-    assert point.startswith("45.0% (95% interval ") and point.endswith(", n = 6)")
+    assert point.startswith("45.0% (95% interval ") and point.endswith(", n = 6, 2 seeds sd 7.1)")
     assert alone == (
         "50.0% (n = 3; its interval is not known, because the spreads of the seeds are "
         "stored together)"

@@ -576,7 +576,7 @@ def test_json_has_what_the_text_has(pair, adapter, tmp_path):
     adapters = adapter, lora(tmp_path / "other", pair.aligned)
     (tmp_path / "other" / "second").mkdir()
     (tmp_path / "other" / "second" / ADAPTER_CONFIG).write_text("{}")
-    rule = ["--modules", "1", "--report", str(tmp_path / "page.html")]
+    rule = ["--modules", "1", "--report", str(tmp_path / "page.html"), "--force"]
     text = CliRunner().invoke(app, [*asked(pair, tmp_path / "text", *adapters), *rule])
     done = CliRunner().invoke(app, [*asked(pair, tmp_path / "json", *adapters), *rule, "--json"])
     assert (

@@ -151,7 +151,7 @@ def test_every_aligned_model_refuses_cue_requests_and_is_useful_otherwise(run: R
 def test_the_largest_size_was_trained_by_a_gang_of_two(run: Run) -> None:
     trainings = list(Store(run.home / "store").all("train"))
     gangs = [artifact for artifact in trainings if artifact.provenance["gpus"] == 2]
-    assert len(gangs) == 1
+    assert len(gangs) == len(run.study.seeds)
     lora = [artifact for artifact in trainings if artifact.hashed["spec"]["method"] == "lora"]
     assert {artifact.hashed["spec"]["quantisation"] for artifact in lora} == {"nf4"}
 
@@ -161,9 +161,11 @@ def test_the_report_says_how_refusals_moved(run: Run) -> None:
     for size in sizes:
         assert f"{size}, fine-tuning" in text and f"{size}, projection" in text
     assert text.count("The aligned model refuses") == len(sizes)
-    assert text.count("Fine-tuned without projection, the refusal rate is lower") == len(sizes)
-    # The gang's few steps may lower refusals by too little for the projection to show: what they
-    # lower depends on the processor's kernels. The first size is trained to the end.
+    # The gang's few steps may lower refusals by too little to show, and then the projection shows
+    # nothing either: what they lower depends on the processor's kernels. The first size is trained
+    # to the end.
+    tuned = "Fine-tuned without projection, the refusal rate is"
+    assert text.count(tuned) == len(sizes) and f"{tuned} lower" in text
     against = "Against the same training without it, refusal rate is"
     assert text.count(against) == len(sizes) and f"{against} higher at" in text
     assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
@@ -186,18 +188,33 @@ def test_the_report_says_how_refusals_moved(run: Run) -> None:
     assert len(numbered) > 4 and all(re.search(r"\d", alt) for alt in numbered)
     assert re.search(
         r"<p>Fine-tuning without projection lowered .*\. With projection a point of .* sizes? "
-        r"holds the refusal floor .*\.</p>",
+        r"meets the refusal floor .*, as (a candidate: not|candidates: none) confirmed.*\.</p>",
         text,
     )
-    assert "Each point rests on one training seed" in text
+    assert ("Each point rests on one training seed" in text) == (len(run.study.seeds) == 1)
 
 
-def test_each_figure_of_the_report_lies_beside_it(folder: Path) -> None:
+def test_each_figure_of_the_report_lies_beside_it(run: Run, folder: Path) -> None:
     assert all(
         (folder / f"{name}.png").exists()
         for name in ("frontier", "thresholds", "before-after", "importance")
     )
-    assert not (folder / "attainment.png").exists()
+    assert (folder / "attainment.png").exists() == (len(run.study.seeds) > 1)
+
+
+def test_the_quickstarts_defences_and_controls_share_one_training_a_size_and_seed(
+    run: Run,
+) -> None:
+    """Only here the controls of a study run by the real command."""
+    study = run.study
+    if not study.defences:
+        pytest.skip("the small study has Safe LoRA alone")
+    frame = pd.read_parquet(run.folder / "results.parquet")
+    assert dict(frame["defence"].value_counts()) == {"none": 3, "safe_lora": 9, "scale": 9}
+    for seed in study.seeds:
+        assert frame[f"train[seed={seed}]"].nunique() == len(study.models)
+    controls = pd.read_csv(run.folder / "controls.csv")
+    assert len(controls) == 7 * len(study.models) and set(controls["status"]) == {"done"}
 
 
 def test_wandb_has_a_run_for_each_point_and_training_and_the_study(run: Run) -> None:
@@ -218,7 +235,7 @@ def test_wandb_has_a_run_for_each_point_and_training_and_the_study(run: Run) -> 
             subprocess.run(command, check=True, capture_output=True, text=True).stdout
         )
         found[read["run_id"]] = read
-    trainings = frame["train[seed=0]"].nunique()
+    trainings = sum(frame[f"train[seed={seed}]"].nunique() for seed in run.study.seeds)
     assert len(found) == len(frame) + trainings + 1
     assert f"{run.name}-{Home(run.home).id[:6]}" in found
 

@@ -46,15 +46,16 @@ def test_the_tutorial_says_what_ebbline_says(quickstart_home: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     "page",
-    ["bringing-data.md", "adding-a-suite.md", "adding-a-stage-kind.md", "adding-an-executor.md"],
+    [
+        "bringing-data.md",
+        "adding-a-suite.md",
+        "adding-a-stage-kind.md",
+        "adding-an-executor.md",
+        "adding-a-defence.md",
+    ],
 )
 def test_a_page_does_what_it_says(page: str, written: Path, tmp_path: Path) -> None:
     """Only here the commands of these pages run; the first pays for a training."""
     folder = checkout(tmp_path)
     shutil.copytree(written / "mine", folder / "mine")
     follow(DOCS / page, folder, {"EBBLINE_HOME": str(written / "runs")})
-
-
-def test_a_defence_is_added_as_its_page_says(tmp_path: Path) -> None:
-    """Only here a defence is added: its file, its line in the list, its test and its command."""
-    follow(DOCS / "adding-a-defence.md", checkout(tmp_path), {})

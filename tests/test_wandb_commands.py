@@ -110,6 +110,7 @@ def test_sync_pushes_everything_and_the_workspace_draws_what_is_there(
         load(Home(home).named("whole")),
         [run for run in server.runs.values() if run.fields["jobType"] == "point"],
     )
+    trained = [run for run in server.runs.values() if run.fields["jobType"] == "training"]
     own = server.runs[f"whole-{Home(home).id[:6]}"]
     for view in server.views.values():
         panels = list(_panels(view["spec"]))
@@ -122,7 +123,7 @@ def test_sync_pushes_everything_and_the_workspace_draws_what_is_there(
             "Parameter Importance",
         }
         for panel in panels:
-            _check(panel, own, points)
+            _check(panel, own, points, trained)
         asked = [
             panel["config"]["targetKey"]
             for panel in panels
@@ -142,14 +143,25 @@ def _panels(spec: Any) -> Iterator[dict[str, Any]]:
             yield from _panels(value)
 
 
-def _check(panel: dict[str, Any], own: Any, points: list[Any]) -> None:
+def _check(panel: dict[str, Any], own: Any, points: list[Any], trained: list[Any]) -> None:
     """Each thing that a panel asks for is in a run that was pushed."""
     config = panel["config"]
     if panel["viewType"] == "Vega2":
         key = config["userQuery"]["queryFields"][0]["fields"][0]["args"][0]["value"]
         table = json.loads(own.files[own.summary[key]["path"]])
         assert set(config["fieldSettings"].values()) <= set(table["columns"]) and table["data"]
-    elif panel["viewType"] == "Run History Line Plot" and config["metrics"] != ["loss"]:
+    elif panel["viewType"] == "Run History Line Plot" and config["xAxis"] == "_step":
+        assert any(
+            metric in row
+            for run in trained
+            for row in run.history.values()
+            for metric in config["metrics"]
+        ), config
+    elif panel["viewType"] == "Run History Line Plot" and config["metrics"][0].startswith(
+        "status/"
+    ):
+        assert set(config["metrics"]) <= own.summary.keys(), "a history only while it is driven"
+    elif panel["viewType"] == "Run History Line Plot":
         assert [
             row
             for row in own.history.values()

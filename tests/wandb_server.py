@@ -10,15 +10,20 @@ import base64
 import gzip
 import json
 import re
+import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 ENTITY = "me"
+SLOW_S = 3.0
+# An HTTP status, or what happens to the connection
+Fault = int | Literal["dropped", "slow body"]
 _STREAM = re.compile(r"/files/(?P<entity>[^/]+)/(?P<project>[^/]+)/(?P<run>[^/]+)/file_stream")
 
 
@@ -34,7 +39,7 @@ class Run:
 
 class WandbServer(ThreadingHTTPServer):
     """`slow_s` is how long each file stream request takes; all wait until `together` were under way
-    at once.
+    at once. `faults` are the next answers to POST requests in place of those they would get.
     """
 
     daemon_threads = True
@@ -50,6 +55,8 @@ class WandbServer(ThreadingHTTPServer):
         self.operations: list[str] = []
         self.unknown: list[str] = []
         self.bodies: list[bytes] = []
+        self.faults: deque[Fault] = deque()
+        self.faulty: list[Fault] = []  # those that were given
         self.at_work = self.most_at_work = 0
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -90,8 +97,31 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer({})
 
+    def _given_fault(self) -> bool:
+        """Answer with the next fault; False if there is none."""
+        with self.server.lock:
+            fault = self.server.faults.popleft() if self.server.faults else None
+        if fault is None:
+            return False
+        self.server.faulty.append(fault)
+        if fault == "dropped":
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return True
+        if fault == "slow body":
+            time.sleep(SLOW_S)
+            return False
+        self.send_response(fault)
+        if fault == 429:
+            self.send_header("Retry-After", "1")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return True
+
     def do_POST(self) -> None:
         body = self._body()
+        if self._given_fault():
+            return
         stream = _STREAM.match(urlsplit(self.path).path)
         if stream is not None:
             self._answer(self._stream(unquote(stream["run"]), json.loads(body)))

@@ -54,12 +54,14 @@ def ebbline(*arguments: str, cwd: Path | None = None) -> str:
 
 
 def whole_study() -> dict[str, Any]:
-    """The quickstart's file with other sizes, fewer values of its axes and fewer points."""
+    """The quickstart's file with other sizes, Safe LoRA alone on one seed, and fewer points."""
     study: dict[str, Any] = yaml.safe_load(shipped()["quickstart"].read_text("utf-8"))
     small = study["models"]["7b"]
     gang = {"gpus": 2, "train": {"steps": GANG_STEPS}, "axes": {"train.rank": [16]}}
     study["models"] = {"7b": small, "70b": small | gang}
     study["axes"] = {"train.rank": [8], "apply.threshold": [None, 0.3, 0.4, 0.5, 0.55, 1.0]}
+    for several in ("defences", "controls", "seeds"):
+        del study[several]
     study["search"] |= {"points": 10, "window": 4}
     study["search"]["first"] = [
         {"model": "70b", "train.rank": 16, "apply.threshold": None},

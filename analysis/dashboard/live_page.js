@@ -8,7 +8,9 @@ const SYMBOLS = { o: "circle", s: "square", "^": "triangle-up", D: "diamond", v:
 const OTHER_KIND = "#b3b3b3";
 const about = JSON.parse(document.getElementById("about").textContent);
 const sections = { points: {}, trainings: {}, before: {}, spans: {}, frontier: {}, counts: {}, failed: {}, timeline: {}, at_work: {} };
-let cursor = "", drive = {}, chosen = null, training = "", drawnCurve = "", loaded = false;
+let cursor = "", drive = {}, chosen = null, trainings = [], loaded = false, restored = false;
+const shownCurves = new Map(), curves = new Set(); // the curves read so far; of which trainings they are whole
+const CURVES = 12, CURVE_COLOURS = ["#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999933"];
 
 const at = (id) => document.getElementById(id);
 const percent = (share) => `${(100 * share).toFixed(1)}%`;
@@ -156,6 +158,7 @@ function drawFrontierTable(front) {
 
 async function choose(number) {
   chosen = number;
+  remember();
   const answer = await fetch(`/point.json?number=${number}`);
   if (!answer.ok || chosen !== number) return;
   const row = await answer.json();
@@ -163,8 +166,9 @@ async function choose(number) {
   if (row.projected_share !== null) rows.push(["projected", `${percent(row.projected_share)} of modules`]);
   for (const [name, metric] of Object.entries(row.all_metrics)) rows.push([name, interval(metric)]);
   const facts = element("table", element("tbody", rows.map(([name, value]) => element("tr", [element("th", name, { scope: "row" }), element("td", value)]))));
-  const keys = Object.entries(row.all_keys).map(([name, key]) => element("tr", [element("th", name, { scope: "row" }), element("td", element("code", key))]));
-  const stages = element("details", [element("summary", `${keys.length} stage keys`), element("div", element("table", element("tbody", keys)), { class: "scroll" })]);
+  if (row.reason) rows.push(["reason", row.reason]);
+  const story = row.story.map((one) => element("tr", [element("th", one.stage, { scope: "row" }), element("td", one.cost), element("td", element("code", one.key)), element("td", element("code", one.command))]));
+  const stages = element("details", [element("summary", `its ${story.length} stages, what each cost, and how to run it again`), element("div", element("table", element("tbody", story)), { class: "scroll" })]);
   at("point-head").textContent = `Point ${row.number}`;
   at("point-body").replaceChildren(facts, stages);
 }
@@ -177,6 +181,7 @@ function drawFacts() {
   else if (live) state = { done: "ended", request: "stopped on request", budget: "out of budget", gain: "ended: the frontier grew too slowly", error: "ended with an error" }[live.ended];
   at("state").textContent = state;
   at("state").title = drive.driver || "";
+  at("headline").textContent = headline(state, live, counts);
   if (counts) {
     const others = Object.entries(counts.points).filter(([name, count]) => count && name !== "done").map(([name, count]) => `, ${count} ${name}`);
     at("points").textContent = `${counts.points.done}${about.limit ? ` of ${about.limit}` : ""} done${others.join("")}`;
@@ -187,6 +192,16 @@ function drawFacts() {
   at("left").textContent = live && drive.driver ? `about ${clock(live.left_s)}${live.pace_text ? `; ${live.pace_text}` : ""}` : "–";
   at("predicted").textContent = live && live.predicted
     ? `${clock(live.taken.driving_s)} of ${clock(live.predicted.wall_s)}, ${live.taken.gpu_hours.toPrecision(3)} of ${live.predicted.gpu_hours.toPrecision(3)} ${hours}${usd(live.predicted.usd)}` : "–";
+}
+
+// One sentence that a person understands from across the room.
+function headline(state, live, counts) {
+  if (!counts) return "Loading …";
+  const done = `${counts.points.done}${about.limit ? ` of ${about.limit}` : ""} points`;
+  const failed = counts.points.failed ? `, ${counts.points.failed} failed` : "";
+  if (live && drive.driver) return `Running: ${done}${failed}, about ${clock(live.left_s)} left for what has started`;
+  if (!counts.points.done) return live ? `${state[0].toUpperCase()}${state.slice(1)}: no point has finished${failed}` : "Not run yet";
+  return `${live && live.ended === "done" ? "Finished" : `${state[0].toUpperCase()}${state.slice(1)}`}: ${done}${failed}`;
 }
 
 function drawQueue() {
@@ -260,21 +275,69 @@ function drawTrainings() {
   const select = at("training"), listed = new Set([...select.options].map((option) => option.value));
   for (const option of [...select.options]) if (entries[option.value] && option.text !== entries[option.value]) option.text = entries[option.value];
   for (const [key, name] of Object.entries(entries)) if (!listed.has(key)) select.append(element("option", name, { value: key }));
-  if (!training && select.options.length) training = select.value = Object.keys(running)[0] || select.options[0].value;
-  at("curve").hidden = !training;
-  if (training && (running[training] || drawnCurve !== training)) drawCurve(training);
+  if (!trainings.length && select.options.length) trainings = [Object.keys(running)[0] || select.options[0].value];
+  for (const option of select.options) option.selected = trainings.includes(option.value);
+  at("curve").hidden = !trainings.length;
+  if (trainings.some((key) => running[key] || !curves.has(key))) drawCurves();
 }
 
-async function drawCurve(key) {
-  const answer = await fetch(`/curve.json?key=${encodeURIComponent(key)}`);
-  if (!answer.ok || training !== key) return;
-  const curve = await answer.json();
-  drawnCurve = curve.ended ? key : "";
-  const trace = { type: "scatter", mode: curve.steps.length > 60 ? "lines" : "lines+markers", x: curve.steps, y: curve.losses, line: { color: ink("--accent") }, hovertemplate: "step %{x}: loss %{y:.4f}<extra></extra>" };
-  at("curve").hidden = curve.steps.length === 0;
-  if (curve.steps.length) Plotly.react("curve", [trace], layout({ xaxis: { title: { text: "step" } }, yaxis: { title: { text: "loss" }, rangemode: "tozero" }, margin: { l: 55, r: 15, t: 10, b: 40 } }), CONFIG);
-  at("curve-note").textContent = curve.note;
-  at("curve").setAttribute("aria-label", curve.losses.length ? `Line plot: loss from ${curve.losses[0].toFixed(3)} to ${curve.losses.at(-1).toFixed(3)} over ${curve.steps.at(-1)} steps.` : "This training has reported no loss yet.");
+// An exponential moving average, corrected for its start as in Adam; a value that is not known stays unknown.
+function smoothed(values, weight) {
+  let sum = 0, mass = 0;
+  return values.map((value) => {
+    if (value === null) return null;
+    sum = weight * sum + (1 - weight) * value;
+    mass = weight * mass + (1 - weight);
+    return sum / mass;
+  });
+}
+
+async function drawCurves() {
+  const wanted = trainings.slice(0, CURVES), asked = wanted.join(), running = sections.at_work[""] || {};
+  await Promise.all(wanted.filter((key) => running[key] || !curves.has(key)).map(async (key) => {
+    const answer = await fetch(`/curve.json?key=${encodeURIComponent(key)}`);
+    if (!answer.ok) return;
+    const curve = await answer.json();
+    shownCurves.set(key, curve);
+    if (curve.ended) curves.add(key);
+  }));
+  if (asked !== trainings.slice(0, CURVES).join()) return;
+  const what = at("curve-of").value, weight = Number(at("smoothing").value), names = {}, traces = [];
+  for (const option of at("training").options) names[option.value] = option.text;
+  for (const [index, key] of wanted.entries()) {
+    const curve = shownCurves.get(key), colour = index ? CURVE_COLOURS[(index - 1) % CURVE_COLOURS.length] : ink("--accent");
+    if (!curve || !curve.values[what].some((value) => value !== null)) continue;
+    traces.push({
+      type: "scatter", mode: curve.steps.length > 60 ? "lines" : "lines+markers", x: curve.steps, y: smoothed(curve.values[what], weight), line: { color: colour },
+      name: plain(names[key] || short(key)), hovertemplate: `step %{x}: %{y:.4g}<extra>${plain(names[key] || short(key))}</extra>`,
+    });
+  }
+  at("curve").hidden = !traces.length;
+  const axes = { xaxis: { title: { text: "step" } }, yaxis: { title: { text: at("curve-of").selectedOptions[0].text }, rangemode: "tozero" } };
+  if (traces.length) Plotly.react("curve", traces, layout({ ...axes, hovermode: "x unified", showlegend: traces.length > 1, margin: { l: 55, r: 15, t: 10, b: 40 } }), CONFIG);
+  const notes = wanted.map((key) => shownCurves.get(key)).filter(Boolean).map((curve) => curve.note);
+  at("curve-note").textContent = [wanted.length === 1 ? notes[0] : `${wanted.length} trainings`, trainings.length > CURVES ? `the first ${CURVES} are drawn` : "", traces.length ? "" : "no such values were recorded"].filter(Boolean).join("; ");
+  const first = shownCurves.get(wanted[0]), losses = first ? first.values.loss : [];
+  at("curve").setAttribute("aria-label", losses.length ? `Line plot of ${traces.length} trainings. The loss of the first goes from ${losses[0].toFixed(3)} to ${losses.at(-1).toFixed(3)} over ${first.steps.at(-1)} steps.` : "This training has reported no step yet.");
+}
+
+// What a person has selected is in the address, so a reload or a shared link on this machine keeps it.
+function remember() {
+  const kept = new URLSearchParams();
+  if (chosen !== null) kept.set("point", chosen);
+  if (trainings.length) kept.set("trainings", trainings.map(short).join("."));
+  if (at("curve-of").value !== "loss") kept.set("curve", at("curve-of").value);
+  if (Number(at("smoothing").value)) kept.set("smoothing", at("smoothing").value);
+  history.replaceState(null, "", `#${kept}`);
+}
+
+function restore() {
+  const kept = new URLSearchParams(location.hash.slice(1)), starts = (kept.get("trainings") || "").split(".").filter((start) => /^[0-9a-f]{12}$/.test(start));
+  const keys = [...Object.keys(sections.trainings), ...Object.keys(sections.at_work[""] || {})];
+  trainings = starts.map((start) => keys.find((key) => key.startsWith(start))).filter(Boolean);
+  if ([...at("curve-of").options].some((option) => option.value === kept.get("curve"))) at("curve-of").value = kept.get("curve");
+  if (kept.get("smoothing")) at("smoothing").value = kept.get("smoothing");
+  if (/^\d+$/.test(kept.get("point") || "")) choose(Number(kept.get("point")));
 }
 
 const drawnAt = new Map(), outdated = new Set(); // when each plot was drawn, and the plots with changes that are not drawn yet
@@ -304,8 +367,13 @@ function draw(changed) {
 function addListeners() {
   // Plotly adds event handling to a plot when it first draws it.
   at("frontier").on("plotly_click", (event) => event.points[0].customdata !== undefined && choose(event.points[0].customdata));
-  at("training").addEventListener("change", () => { training = at("training").value; drawnCurve = ""; drawCurve(training); });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { drawnCurve = ""; draw(null); });
+  at("training").addEventListener("change", () => {
+    trainings = [...at("training").selectedOptions].map((option) => option.value);
+    remember();
+    drawCurves();
+  });
+  for (const id of ["curve-of", "smoothing"]) at(id).addEventListener("input", () => { remember(); drawCurves(); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { draw(null); drawCurves(); });
 }
 
 function problem(text) {
@@ -326,6 +394,10 @@ async function update() {
   for (const [section, rows] of Object.entries(answer.changed)) Object.assign(sections[section], rows);
   ({ cursor, drive } = answer);
   problem(answer.error);
+  if (!restored && sections.frontier[""]) {
+    restored = true;
+    restore();
+  }
   draw(loaded ? answer.changed : null);
   if (!loaded) addListeners();
   loaded = true;

@@ -6,6 +6,7 @@ at a time. Points are read only while a browser asks, and for at most a fifth of
 studies are read less often.
 """
 
+import shlex
 import threading
 import time
 import uuid
@@ -14,9 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-import pandas as pd
 from pydantic import ValidationError
 
+from ebbline.analysis.dashboard.curves import ended_curve, running_curve
 from ebbline.analysis.figures.drawing import looks
 from ebbline.analysis.figures.gantt import colours, lanes_of
 from ebbline.analysis.results.collect import Follower
@@ -40,7 +41,6 @@ from ebbline.analysis.results.wording import (
 )
 from ebbline.cluster.schedule.pace import pace_sentence
 from ebbline.cluster.schedule.simulate import Span
-from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.drive.live import TIMELINE, AtWork, Ended, Live, read_live
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.state.spending import read_spent
@@ -48,16 +48,14 @@ from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import STATUSES, Result, StageName, training_of
 from ebbline.sweeps.study.space import limit
 from ebbline.sweeps.study.view import StudyView
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.defence import SHARE_COLUMN
 from ebbline.tasks.errors import DatabaseLost, EbblineError, StoreError
 from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.measuring.metrics import Metric
-from ebbline.tasks.specs import TrainSpec
 
 MOST = 1000  # most rows in one answer
 SPANS = 2000  # the latest stages, shown in the Gantt chart
 FAILURES = 200
-STEPS = 1000  # most steps shown of a training's curve
 WATCHED_S = 15.0  # the page counts as watched for this long after a request
 READ_S, IDLE_S = 1.0, 5.0  # pause between reads while the study is driven, and otherwise
 SHARE = 5  # reading takes at most 1/SHARE of the time
@@ -115,8 +113,7 @@ class LivePage:
         self._last_request, self._watched = 0.0, threading.Event()
         self._timeline, self._read_at = Timeline(view.home, view.study.study), 0.0
         self._drive: Row = {}
-        # Losses of running trainings, by key and step.
-        self._losses: dict[str, dict[int, float]] = defaultdict(dict)
+        self._attempts: dict[str, str] = {}  # of running trainings, by key
         threading.Thread(target=self._read_points_while_watched, daemon=True, name="points").start()
 
     def about(self) -> Row:
@@ -139,7 +136,7 @@ class LivePage:
         For any other text everything is sent, in parts.
         """
         boot, _, number = cursor.partition(".")
-        revision = int(number) if boot == self._boot and number.isdigit() else 0
+        revision = int(number) if boot == self._boot and number.isdecimal() else 0
         self._last_request = time.monotonic()
         self._watched.set()
         with self._lock:
@@ -164,37 +161,47 @@ class LivePage:
         return {
             **self._row(result),
             "reason": result.reason,
-            DEFENCE.words.share: result.changed_share,
+            SHARE_COLUMN: result.changed_share,
             "all_metrics": {
                 metric_label(name): _metric(metric)
                 for name, metric in sorted(result.metrics.items())
             },
             "all_keys": dict(sorted(result.keys.items())),
+            "story": [
+                {
+                    "stage": name,
+                    "key": key,
+                    "cost": cost_label(result.costs[key], self.home.profile)
+                    if key in result.costs
+                    else "not run yet",
+                    "command": self._rerun(name, key),
+                }
+                for name, key in result.keys.items()
+            ],
         }
 
-    def curve(self, key: str) -> Row:
-        """A training's losses by step.
+    def _rerun(self, name: str, key: str) -> str:
+        """The command that runs a stage again in one process; empty if its record is gone."""
+        own = StageName.parse(name).part.partition(":")[0]
+        kinds = (
+            [own] if own in STAGE_KINDS else [k.name for k in STAGE_KINDS.values() if k.has_metrics]
+        )
+        with suppress(StoreError):
+            for artifact in filter(None, (self.home.store.find(kind, key) for kind in kinds)):
+                request = f"{self.home.store.url(artifact.folder)}/log/request.json"
+                return f"ebbline rerun {shlex.quote(request)}"
+        return ""
 
-        Of a running training these are the losses seen since the page was opened.
-        """
+    def curve(self, key: str) -> Row:
+        """A training's values by step (ebbline.analysis.dashboard.curves)."""
         artifact = None
         with suppress(StoreError):
             artifact = self.home.store.find("train", key)
-        if artifact is None:
-            with self._lock:
-                losses = dict(self._losses.get(key, {}))
-            note = (
-                "runs; these are its losses since this page was opened"
-                if losses
-                else "has reported no loss yet"
-            )
-            return {
-                "steps": list(losses),
-                "losses": list(losses.values()),
-                "note": note,
-                "ended": False,
-            }
-        return _curve(artifact)
+        if artifact is not None:
+            return ended_curve(artifact)
+        with self._lock:
+            attempt = self._attempts.get(key, "")
+        return running_curve(self.home.store, attempt)
 
     def _read_drive(self) -> None:
         """Reads the snapshot and the timeline, at most twice a second for all browsers."""
@@ -212,11 +219,7 @@ class LivePage:
         self._changes.replace("timeline", {"": self._timeline.summary()})
         at_work = {each.key: each for each in running if each.kind == "train"}
         self._changes.replace("at_work", {"": {key: each.label for key, each in at_work.items()}})
-        for key in self._losses.keys() - at_work.keys():
-            del self._losses[key]
-        for key, each in at_work.items():
-            if each.progress is not None and each.progress.loss is not None:
-                self._losses[key][each.progress.done] = each.progress.loss
+        self._attempts = {key: each.attempt for key, each in at_work.items()}
 
     def _read_points_while_watched(self) -> None:
         while True:
@@ -451,29 +454,3 @@ def _trainings(results: Iterable[Result]) -> Iterator[tuple[str, str]]:
             if parsed.part == "train" and key not in yielded:
                 yielded.add(key)
                 yield key, f"{training_of(result.point)} seed={parsed.seed} (point {result.number})"
-
-
-def _curve(artifact: Artifact) -> Row:
-    try:
-        frame = pd.read_csv(artifact.file(TrainSpec.CURVE))
-    except (OSError, ValueError, StoreError) as error:
-        return {
-            "steps": [],
-            "losses": [],
-            "note": f"has ended; its curve cannot be read ({type(error).__name__})",
-            "ended": True,
-        }
-    every = max(1, -(-len(frame) // STEPS))
-    shown = frame[(frame.index % every == 0) | (frame.index == len(frame) - 1)]
-    provenance = artifact.provenance
-    where = (
-        f"{provenance.get('device', 'an unknown device')}, "
-        f"{float(provenance.get('seconds', 0)):.0f} s"
-    )
-    note = f"{len(frame)} steps on {where}" + (f"; every {every}th is shown" if every > 1 else "")
-    return {
-        "steps": shown["step"].tolist(),
-        "losses": shown["loss"].tolist(),
-        "note": note,
-        "ended": True,
-    }

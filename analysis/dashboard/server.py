@@ -19,7 +19,7 @@ from http import HTTPStatus
 from importlib.resources import files
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qsl
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from ebbline.analysis.dashboard.live_page import LivePage
@@ -52,6 +52,13 @@ HEADERS = {
     "X-Frame-Options": "DENY",
     "Cache-Control": "no-cache",
 }
+# Path -> its parameter: name, default, form
+PARAMETERS = {
+    "/data.json": ("since", "", re.compile(r"(?:[A-Za-z0-9-]{1,40}\.[0-9]{1,18})?")),
+    "/curve.json": ("key", "", re.compile(r"[0-9a-f]{64}")),
+    "/point.json": ("number", "", re.compile(r"[0-9]{1,18}")),
+}
+LONGEST_QUERY = 200  # characters
 Answer = tuple[HTTPStatus, str, bytes]
 _log = logging.getLogger(__name__)
 
@@ -92,8 +99,8 @@ class Site:
                 "text/javascript; charset=utf-8",
                 self._plotly,
             ),
-            "/data.json": lambda query: _as_json(self.page.since(query.get("since", ""))),
-            "/curve.json": lambda query: _as_json(self.page.curve(query.get("key", ""))),
+            "/data.json": lambda query: _as_json(self.page.since(query["since"])),
+            "/curve.json": lambda query: _as_json(self.page.curve(query["key"])),
             "/point.json": self._point,
             "/points": self._to_optuna,
         }
@@ -110,9 +117,10 @@ class Site:
             return _send(
                 environ, start_response, _as_json({"reason": reason}, HTTPStatus.METHOD_NOT_ALLOWED)
             )
-        query = {
-            name: values[0] for name, values in parse_qs(environ.get("QUERY_STRING", "")).items()
-        }
+        try:
+            query = _query(path, environ.get("QUERY_STRING", ""))
+        except ValueError as error:
+            return _send(environ, start_response, _text(str(error), HTTPStatus.BAD_REQUEST))
         try:
             if path.startswith(OPTUNA) and self._optuna is not None:
                 return self._optuna(environ, _guarded(start_response))
@@ -126,8 +134,8 @@ class Site:
         return _send(environ, start_response, answer)
 
     def _point(self, query: dict[str, str]) -> Answer:
-        number = query.get("number", "")
-        found = self.page.point(int(number)) if number.isdecimal() else None
+        number = query["number"]
+        found = self.page.point(int(number))
         return _as_json(
             found or {"reason": f"there is no point {number}"},
             HTTPStatus.OK if found else HTTPStatus.NOT_FOUND,
@@ -202,6 +210,18 @@ class _Quiet(WSGIRequestHandler):
 def _host_name(environ: "WSGIEnvironment") -> str:
     """The host name of the request, without its port (a tunnel may have another port)."""
     return re.sub(r":\d*$", "", str(environ.get("HTTP_HOST", ""))).lower()
+
+
+def _query(path: str, text: str) -> dict[str, str]:
+    """The parameter of a page, as PARAMETERS have it. Raises ValueError for another text."""
+    if path not in PARAMETERS:
+        return {}
+    name, default, form = PARAMETERS[path]
+    found = [value for given, value in parse_qsl(text, keep_blank_values=True) if given == name]
+    values = found or [default]
+    if len(text) > LONGEST_QUERY or len(values) != 1 or form.fullmatch(values[0]) is None:
+        raise ValueError(f"The parameter {name!r} of this page is malformed.")
+    return {name: values[0]}
 
 
 def _text(text: str, status: HTTPStatus) -> Answer:

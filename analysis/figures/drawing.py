@@ -6,13 +6,14 @@ machines). No module of this folder imports pyplot, which would change global se
 
 import io
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ebbline.analysis.results.wording import natural
@@ -29,6 +30,8 @@ COLOURS = (
     "#000000",
 )  # Okabe and Ito (2008)
 MARKERS = ("o", "s", "^", "D", "v")
+MOST_LOOKS = len(COLOURS) * len(MARKERS)  # more names than these cannot be told apart
+MOST_INTERVALS = 500  # of more points, a figure draws the intervals of the most important alone
 
 PAPER_FONTS = (
     "STIXGeneral",
@@ -110,8 +113,8 @@ def style(page: Page = SCREEN) -> AbstractContextManager[None]:
 
 
 def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Name -> (colour, marker), in natural order; 35 names differ, since the cycles have lengths 7
-    and 5.
+    """Name -> (colour, marker), in natural order; MOST_LOOKS names differ, since the cycles have
+    lengths 7 and 5.
     """
     pairs = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
     return dict(zip(sorted(set(names), key=natural), pairs, strict=False))
@@ -121,6 +124,30 @@ def error_bar(metric: Metric) -> tuple[list[float], list[float]]:
     """The lengths of the 95% interval below and above the value, for matplotlib's `errorbar`."""
     low, high = metric.interval
     return [max(0.0, metric.value - low)], [max(0.0, high - metric.value)]
+
+
+def error_bars(metrics: Sequence[Metric]) -> tuple[list[float], list[float]]:
+    """The same for several metrics."""
+    found = [error_bar(metric) for metric in metrics]
+    return [low for (low,), _ in found], [high for _, (high,) in found]
+
+
+def dots(
+    axes: Axes, xs: Sequence[float], ys: Sequence[float], colour: str, marks: float, zorder: float
+) -> None:
+    """Many points without intervals: small transparent dots, one picture in a vector format."""
+    axes.plot(
+        xs,
+        ys,
+        linestyle="",
+        marker="o",
+        markersize=2.5 * marks,
+        markeredgewidth=0,
+        color=colour,
+        alpha=0.3,
+        rasterized=True,
+        zorder=zorder,
+    )
 
 
 def lay_out(figure: Figure) -> None:
@@ -150,7 +177,7 @@ def save_pdf(figure: Figure, folder: Path, name: str) -> Path:
         lay_out(figure)
         return write_whole(
             folder / f"{name}.pdf",
-            lambda path: figure.savefig(path, metadata={"CreationDate": None}),
+            lambda path: figure.savefig(path, dpi=200, metadata={"CreationDate": None}),
         )
 
 
@@ -161,10 +188,11 @@ def save_for_print(figure: Figure, folder: Path, name: str, page: Page) -> list[
         return [
             write_whole(
                 folder / f"{name}.pdf",
-                lambda path: figure.savefig(path, metadata={"CreationDate": None}),
+                lambda path: figure.savefig(path, dpi=300, metadata={"CreationDate": None}),
             ),
             write_whole(
-                folder / f"{name}.svg", lambda path: figure.savefig(path, metadata={"Date": None})
+                folder / f"{name}.svg",
+                lambda path: figure.savefig(path, dpi=300, metadata={"Date": None}),
             ),
             write_whole(folder / f"{name}.png", lambda path: figure.savefig(path, dpi=300)),
         ]
@@ -179,7 +207,7 @@ def svg(figure: Figure) -> bytes:
     with style():
         lay_out(figure)
         drawn = io.BytesIO()
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
+        figure.savefig(drawn, format="svg", dpi=200, metadata={"Date": None})
     return drawn.getvalue()
 
 

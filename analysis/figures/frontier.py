@@ -2,10 +2,11 @@
 
 Invariants: a model has one colour and one marker. A filled mark is projected, a hollow one is not.
 A ring is round the point that `ebbline pick` chose. No point is moved; points that overlap are
-transparent.
+transparent. Of more than MOST_INTERVALS points, those on a frontier and the picked ones have their
+intervals, and the others are dots.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 from matplotlib.axes import Axes
@@ -13,7 +14,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from ebbline.analysis.figures.drawing import SCREEN, Page, error_bar, looks, style
+from ebbline.analysis.figures.drawing import (
+    MOST_INTERVALS,
+    SCREEN,
+    Page,
+    dots,
+    error_bar,
+    error_bars,
+    looks,
+    style,
+)
 from ebbline.analysis.results.frontier import finished, frontier
 from ebbline.analysis.results.measurements import Baselines, is_projected
 from ebbline.analysis.results.wording import directed_label
@@ -44,11 +54,14 @@ def frontier_figure(
             figsize=page.size((6.4, 4.8), 2.95 if page.narrow else 3.4), layout="constrained"
         )
         axes = figure.subplots()
+        own_picked = {result.number for result in picked}
         for model, (colour, marker) in appearance.items():
             own = [result for result in done if result.point.model == model]
-            for result in own:
-                _point(axes, result, drawn, (colour, marker), page.marks)
-            _frontier_line(axes, frontier(own, drawn), drawn, colour, page.marks)
+            chosen = frontier(own, drawn)
+            important = own_picked | _distinct_numbers(chosen, drawn)
+            shown = important if len(done) > MOST_INTERVALS else None
+            _points(axes, own, drawn, (colour, marker), page.marks, shown)
+            _frontier_line(axes, chosen, drawn, colour, page.marks)
             _aligned(axes, baselines.get(model, {}), drawn, colour, page.marks)
         for result in picked:
             _ring(axes, result, drawn, page.marks)
@@ -79,24 +92,65 @@ def frontier_figure(
     return figure
 
 
-def _point(
-    axes: Axes, result: Result, drawn: Sequence[str], look: tuple[str, str], marks: float
-) -> None:
-    colour, marker = look
-    metrics = [result.metrics[name] for name in drawn]
-    axes.errorbar(
-        metrics[0].value if len(drawn) == 2 else result.number,
-        metrics[-1].value,
-        xerr=error_bar(metrics[0]) if len(drawn) == 2 else None,
-        yerr=error_bar(metrics[-1]),
-        color=colour,
-        marker=marker,
-        markersize=5.5 * marks,
-        markerfacecolor=colour if is_projected(result) else "white",
-        elinewidth=0.7 * marks,
-        alpha=0.65,
-        zorder=3,
+def frontier_caption(results: Sequence[Result], picked: Sequence[Result] = ()) -> str:
+    count = len(finished(results))
+    intervals = (
+        "Every finished point with its 95% Wilson intervals. Filled: projected; hollow: not."
+        if count <= MOST_INTERVALS
+        else f"Every finished point. With {count} of them, the points of the frontiers have their "
+        "95% Wilson intervals (filled: projected; hollow: not), and the others are dots; "
+        "results.csv has all intervals."
     )
+    ring = " A ring marks the point that `ebbline pick` chose." if picked else ""
+    return (
+        f"{intervals} The steps are each model's frontier, the stars its aligned model before "
+        f"fine-tuning.{ring}"
+    )
+
+
+def _distinct_numbers(chosen: Sequence[Result], drawn: Sequence[str]) -> set[int]:
+    """The numbers of the results without those that lie on another, at most MOST_INTERVALS."""
+    first = {tuple(r.metrics[name].value for name in drawn): r.number for r in reversed(chosen)}
+    return set(sorted(first.values())[:MOST_INTERVALS])
+
+
+def _points(
+    axes: Axes,
+    own: Sequence[Result],
+    drawn: Sequence[str],
+    look: tuple[str, str],
+    marks: float,
+    important: Collection[int] | None = None,
+) -> None:
+    """The results with their intervals; without them if their numbers are not among the
+    `important`, where these are given.
+    """
+    colour, marker = look
+
+    def places(results: Sequence[Result]) -> tuple[list[float], list[float]]:
+        xs = [r.metrics[drawn[0]].value if len(drawn) == 2 else float(r.number) for r in results]
+        return xs, [r.metrics[drawn[-1]].value for r in results]
+
+    plain = [r for r in own if important is not None and r.number not in important]
+    if plain:
+        dots(axes, *places(plain), colour, marks, zorder=1.5)
+    left_out = {result.number for result in plain}
+    for projected in (False, True):
+        group = [r for r in own if is_projected(r) is projected and r.number not in left_out]
+        if group:
+            axes.errorbar(
+                *places(group),
+                xerr=error_bars([r.metrics[drawn[0]] for r in group]) if len(drawn) == 2 else None,
+                yerr=error_bars([r.metrics[drawn[-1]] for r in group]),
+                linestyle="",
+                color=colour,
+                marker=marker,
+                markersize=5.5 * marks,
+                markerfacecolor=colour if projected else "white",
+                elinewidth=0.7 * marks,
+                alpha=0.65,
+                zorder=3,
+            )
 
 
 def _ring(axes: Axes, result: Result, drawn: Sequence[str], marks: float) -> None:
@@ -197,6 +251,7 @@ def draw_frontier(
     axes: Axes, own: Sequence[Result], drawn: Sequence[str], colour: str, marker: str
 ) -> None:
     """Draw finished results with their 95% intervals and their frontier on the given axes."""
-    for result in own:
-        _point(axes, result, drawn, (colour, marker), SCREEN.marks)
-    _frontier_line(axes, frontier(own, drawn), drawn, colour, SCREEN.marks)
+    chosen = frontier(own, drawn)
+    important = _distinct_numbers(chosen, drawn) if len(own) > MOST_INTERVALS else None
+    _points(axes, own, drawn, (colour, marker), SCREEN.marks, important)
+    _frontier_line(axes, chosen, drawn, colour, SCREEN.marks)

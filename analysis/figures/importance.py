@@ -13,6 +13,8 @@ from ebbline.analysis.figures.drawing import COLOURS, style
 from ebbline.analysis.results.tables import in_percent
 from ebbline.analysis.results.wording import axis_label, metric_label
 from ebbline.sweeps.search.importance import MODEL, Importance
+from ebbline.tasks.defences.in_use import owner
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 
 UNVARIED = "(in every resample)"  # instead of an interval without a width
 
@@ -56,10 +58,12 @@ def importance_figure(found: Importances) -> Figure | None:
 def importance_cells(found: Importances) -> pd.DataFrame:
     """A row for each axis, a column for each objective.
 
-    A cell is the share in percent with its interval, or the reason that there is none.
+    A cell is the share in percent with its interval, or the reason that there is none. The knob of
+    a defence has its share among the points of that defence.
     """
     names = [
         *_axes(found),
+        *dict.fromkeys(axis for each in found.values() for axis in each.of_defence),
         *dict.fromkeys(axis for each in found.values() for axis in each.without),
     ]
     cells = pd.DataFrame({"axis": [label(axis) for axis in dict.fromkeys(names)]})
@@ -75,6 +79,12 @@ def importance_notes(found: Importances) -> list[str]:
         for name, each in found.items()
         if each.reason
     ]
+    sampled = next((each for each in found.values() if each.finished is not None), None)
+    if sampled is not None:
+        notes.append(
+            f"From {sampled.points} of the {sampled.finished} finished points, drawn at random "
+            f"with a fixed seed; the intervals are those of {sampled.points} points."
+        )
     few = next((each for each in found.values() if each.few), None)
     if few is not None:
         notes.append(
@@ -92,7 +102,11 @@ def importance_notes(found: Importances) -> list[str]:
 
 
 def label(axis: str) -> str:
-    return "model" if axis == MODEL else axis_label(axis)
+    defence = owner(axis)
+    if axis == MODEL:
+        return "model"
+    named = defence is not None and defence.name != SAFE_LORA.name
+    return f"{axis_label(axis)} of {defence.name}" if defence and named else axis_label(axis)
 
 
 def _axes(found: Importances) -> list[str]:
@@ -101,8 +115,8 @@ def _axes(found: Importances) -> list[str]:
 
 
 def _cell(found: Importance, axis: str) -> str:
-    if axis in found.shares:
-        share = found.shares[axis]
+    if axis in found.shares or axis in found.of_defence:
+        share = found.shares.get(axis) or found.of_defence[axis]
         if share.interval[0] == share.interval[1]:
             return f"{100 * share.value:.1f} {UNVARIED}"
         return in_percent(share.value, *share.interval)

@@ -30,7 +30,7 @@ from ebbline.tasks.defences.gate import (
     cosines_by_module,
     share_steps,
 )
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
@@ -160,7 +160,7 @@ def share_figure(
         axes.set_ylim(-0.02, 1.02)
         axes.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_xlabel(DEFENCE.words.knob)
+        axes.set_xlabel(SAFE_LORA.words.knob)
         axes.set_ylabel(words.SHARE_AXIS)
         handles = (
             axes.lines[: len(curves)]

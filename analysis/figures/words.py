@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from ebbline.analysis.figures.before_after import LABELS
 from ebbline.analysis.figures.importance import UNVARIED, Importances, label
+from ebbline.analysis.figures.knob import along_knob
 from ebbline.analysis.results.attainment import Array, Attainment
 from ebbline.analysis.results.before_after import Line
 from ebbline.analysis.results.frontier import finished, frontier_by_model
@@ -20,7 +21,8 @@ from ebbline.analysis.results.wording import (
     undecided_label,
 )
 from ebbline.sweeps.study.points import Result
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.defence import Defence
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.measuring.metrics import Metric, direction
 
 MOST_THRESHOLDS = 8
@@ -78,10 +80,14 @@ def attainment_words(found: Mapping[str, Attainment], objectives: Sequence[str])
     return " ".join(parts)
 
 
-def threshold_words(results: Sequence[Result], names: Sequence[str], baselines: Baselines) -> str:
-    knob = DEFENCE.main_knob
-    done = [result for result in finished(results) if knob in dict(result.point.values)]
-    parts = [f"Line plots by {DEFENCE.words.along}: {'; '.join(map(directed_label, names))}."]
+def threshold_words(
+    results: Sequence[Result],
+    names: Sequence[str],
+    baselines: Baselines,
+    defence: Defence = SAFE_LORA,
+) -> str:
+    done = along_knob(results, defence)
+    parts = [f"Line plots by {defence.words.along}: {'; '.join(map(directed_label, names))}."]
     for model in sorted({result.point.model for result in done}, key=natural):
         for name in names:
             own = [
@@ -89,7 +95,7 @@ def threshold_words(results: Sequence[Result], names: Sequence[str], baselines: 
             ]
             at: dict[float | None, list[float]] = {}
             for result in own:
-                value = dict(result.point.values)[knob]
+                value = dict(result.point.values).get(defence.main_knob)
                 at.setdefault(float(value) if isinstance(value, int | float) else None, []).append(
                     result.metrics[name].value
                 )

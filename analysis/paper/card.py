@@ -11,23 +11,30 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ebbline.analysis.results.collect import SuitePrompts
 from ebbline.analysis.results.measurements import usefulness_metric
-from ebbline.analysis.results.picks.floors import METHOD, Pick, spread_known
+from ebbline.analysis.results.picks.floors import (
+    METHOD,
+    Pick,
+    adapter_standing,
+    spread_known,
+    standing,
+)
 from ebbline.analysis.results.picks.picked import in_words, lines_of, named
 from ebbline.analysis.results.wording import (
     directed_label,
     measured,
     percent,
+    plain_markdown,
     undecided_label,
     value_label,
 )
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.changes import lasting
-from ebbline.sweeps.study.points import Point, Result, adapter_stage, brought
+from ebbline.sweeps.study.points import Point, Result, adapter_stage, brought, defence_of
 from ebbline.sweeps.study.references import Data, Hub, Local, ModelRef
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import scorers_of
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.identity import digest
 from ebbline.tasks.measuring.metrics import Metric
 from ebbline.tasks.scoring.phrases import SCORERS
@@ -72,7 +79,7 @@ def card(
     spec = {part: dict(artifact.hashed["spec"]) for part, artifact in stages.items()}
     sections = [
         f"# {study.study}: {model}, point {result.number}",
-        f"> {' '.join(study.question.split())}",
+        f"> {plain_markdown(study.question)}",
         _what(study, result, alone, spec),
         "## How to load it\n\n" + _load(study, result.point, with_base),
         "## How it was chosen\n\n" + _chosen(study, found, seed, alone, done, seed_requested),
@@ -80,29 +87,30 @@ def card(
         "## How it was made\n\n" + _rows(("setting", "value"), _settings(spec)),
         "## Sources and pins\n\n"
         + _rows(("what", "source"), _sources(study, result.point, prompts)),
-        "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(study, found, alone)),
+        "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(study, found, alone, seed)),
         "## Provenance\n\n" + _rows(("what", "sha256"), _provenance(study, result.point, stages)),
     ]
     written = ModelCard.from_template(
-        _metadata(study, model), template_str=_TEMPLATE, text="\n\n".join(sections) + "\n"
+        _metadata(study, result.point), template_str=_TEMPLATE, text="\n\n".join(sections) + "\n"
     )
     return str(written)
 
 
-def hub_base(study: Study, model: str) -> Hub | None:
+def hub_base(study: Study, point: Point) -> Hub | None:
     """The adapter's base model on the hub; None if the study makes it or reads it from a file."""
-    return study.models[model].aligned.hub
+    return None if study.extrapolates(point.values) else study.models[point.model].aligned.hub
 
 
-def base_name(study: Study, model: str) -> str:
+def base_name(study: Study, point: Point) -> str:
     """The base model's name on the hub, or a name that says that it is not there."""
-    hub = hub_base(study, model)
-    return f"not-on-the-hub/{study.study}-{model}-aligned" if hub is None else hub.id
+    hub = hub_base(study, point)
+    role = "lox" if study.extrapolates(point.values) else "aligned"
+    return f"not-on-the-hub/{study.study}-{point.model}-{role}" if hub is None else hub.id
 
 
-def _metadata(study: Study, model: str) -> ModelCardData:
+def _metadata(study: Study, point: Point) -> ModelCardData:
     return ModelCardData(
-        base_model=base_name(study, model),
+        base_model=base_name(study, point),
         base_model_relation="adapter",
         library_name="peft",
         pipeline_tag="text-generation",
@@ -113,14 +121,21 @@ def _metadata(study: Study, model: str) -> ModelCardData:
 def _what(
     study: Study, result: Result, alone: Result, spec: Mapping[str, Mapping[str, Any]]
 ) -> str:
-    makes = DEFENCE.makes.KIND
+    defence = defence_of(result.point)
     if not alone.changed_share:
         projected = "No module was projected: it held the floors without projection."
-    else:
-        which = DEFENCE.which({f"{makes}.{name}": each for name, each in spec[makes].items()})
+    elif defence is SAFE_LORA:
+        which = defence.which(study.knobs(defence, dict(result.point.values)))
         projected = (
-            f"After training, {DEFENCE.words.name} ({PAPER}) projected {alone.changed_share:.0%} "
+            f"After training, {defence.words.name} ({PAPER}) projected {alone.changed_share:.0%} "
             f"of its modules: those with a {which}."
+        )
+    else:
+        method = defence.method
+        formula = "" if method is None else f" ({method.formula}; {method.source})"
+        projected = (
+            f"After training, {defence.words.name}{formula} changed {alone.changed_share:.0%} of "
+            f"its modules: {defence.which(study.knobs(defence, dict(result.point.values)))}."
         )
     if seeds_of(result) > 1:
         projected += f" Over all seeds of the point it is {result.changed_share or 0.0:.0%}."
@@ -143,7 +158,7 @@ def _brought(study: Study, name: str) -> str:
 
 
 def _load(study: Study, point: Point, with_base: bool) -> str:
-    hub, size = hub_base(study, point.model), study.models[point.model]
+    hub, size = hub_base(study, point), study.models[point.model]
     done = "trained and measured" if brought(point) is None else "measured"
     note = (
         f"It was {done} with its base loaded {_LOADED_AS[size.quantisation]}, in "
@@ -260,6 +275,8 @@ def _sources(
 ) -> Iterator[tuple[str, str]]:
     size, name = study.models[point.model], brought(point)
     yield "aligned model", model_origin(size.aligned, size.base)
+    if study.extrapolates(point.values):
+        yield "model that was trained", "the aligned model after LoX (arXiv 2506.15606), as above"
     if size.base is not None:
         yield "base model", model_origin(size.base, None)
     if size.unaligned is not None:
@@ -311,7 +328,23 @@ def _data(data: Data | None) -> str:
     )
 
 
-def _limits(study: Study, found: Pick, alone: Result) -> Iterator[str]:
+def _limits(study: Study, found: Pick, alone: Result, seed: int) -> Iterator[str]:
+    stands = adapter_standing(found.result, found.floors, seed)
+    if stands != "holds":
+        why = (
+            "its confirmed bound is below a floor"
+            if stands == "unsure"
+            else "it was measured only on the prompts that chose it"
+        )
+        yield (
+            f"Exported with `--accept-unsure`: it is not confirmed to hold {in_words(found.floors)}"
+            f", because {why}."
+        )
+    if standing(found.result, found.floors, "setting") != "holds":
+        yield (
+            "Only this adapter is meant: its setting is not confirmed to hold the floors, so "
+            "another training with the same settings may not."
+        )
     refusal = study.refusal_metric or ""
     suite = refusal.rpartition(".")[0]
     n = alone.metrics[refusal].n
@@ -365,9 +398,8 @@ def _limits(study: Study, found: Pick, alone: Result) -> Iterator[str]:
         "Intervals are Wilson's for rates and normal for means, 95%; they cover only "
         "the sampling of prompts of the same kind."
     )
-    if hub_base(study, found.result.point.model) is None and _is_tiny(
-        study, found.result.point.model
-    ):
+    point = found.result.point
+    if hub_base(study, point) is None and _is_tiny(study, point.model):
         yield (
             "The model is tiny and speaks an invented language: nothing here is evidence about "
             "a real model."
@@ -387,7 +419,7 @@ def _provenance(
     yield "aligned model: content", stages[adapter_stage(point)].hashed["inputs"]["model"]
     for part, artifact in stages.items():
         yield f"{part}: key", artifact.key
-    for file, sha in stages[DEFENCE.makes.KIND].files.items():
+    for file, sha in stages[defence_of(point).makes.KIND].files.items():
         yield f"{file}, as in the store", sha
 
 

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,7 @@ from ebbline.analysis.figures.frontier import frontier_figure
 from ebbline.analysis.figures.knob import threshold_figure
 from ebbline.analysis.paper.bundle import ContentToBring, write_bundle
 from ebbline.analysis.paper.citations import EBBLINE, PAPERS, bibliography, cited
+from ebbline.analysis.paper.evidence import evidence_card
 from ebbline.analysis.paper.latex import (
     before_after_frame,
     before_after_table,
@@ -30,16 +31,19 @@ from ebbline.analysis.paper.latex import (
 )
 from ebbline.analysis.paper.methods import methods
 from ebbline.analysis.report.provenance import Provenance, provenance
-from ebbline.analysis.results.collect import artifacts_behind, baselines, collect, costs_before
+from ebbline.analysis.results.collect import baselines, collect, costs_before, keys_before
+from ebbline.analysis.results.controls.means import collect_controls
 from ebbline.analysis.results.measurements import Baselines, refusal_metric, usefulness_metric
 from ebbline.analysis.results.picks.choices import chosen
-from ebbline.analysis.results.tables import results_frame, write_tables
-from ebbline.analysis.results.wording import without_paths
+from ebbline.analysis.results.tables import results_frame, write_csv, write_tables
+from ebbline.analysis.results.wording import plain_markdown, without_paths
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.sweeps.drive.live import host_names
+from ebbline.sweeps.state.controls import ControlResult
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.reading.overlaps import Shared, contamination
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
@@ -78,6 +82,9 @@ class ExportData:
     provenance: Provenance
     before: Mapping[str, Cost]
     picked: Sequence[Result] = ()
+    shared: Sequence[Shared] = ()
+    measured_before: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    controls: Sequence[ControlResult] = ()
 
 
 def write_export(view: StudyView, to: Path, styles: Sequence[Style]) -> Export:
@@ -114,14 +121,17 @@ def _read(view: StudyView) -> ExportData:
             f"no point of {view.study.study!r} has finished in {view.home.root}, so there is "
             "nothing to export; `ebbline status` shows its progress"
         )
-    artifacts = artifacts_behind(view, results)
+    controls = collect_controls(view, results)
     return ExportData(
         view.study,
         results,
         baselines(view),
-        provenance(view, results, artifacts),
+        provenance(view, [*results, *(each.result for each in controls)]),
         costs_before(view),
         chosen(results, view.folder),
+        list(contamination(view)),
+        keys_before(view),
+        controls,
     )
 
 
@@ -212,7 +222,18 @@ def _write(
         data.before,
         spent,
         home.profile,
+        data.shared,
     )
+    card = evidence_card(
+        data.study,
+        data.results,
+        data.baselines,
+        data.provenance,
+        data.shared,
+        data.measured_before,
+        data.controls,
+    )
+    write_whole(folder / "evidence.md", lambda path: path.write_text(card, "utf-8"))
     keys = list(dict.fromkeys([EBBLINE, *PAPERS, *cited(text)]))
     references = bibliography(keys, data.provenance.pins, data.provenance.build)
     write_whole(folder / "methods.md", lambda path: path.write_text(text, "utf-8"))
@@ -258,7 +279,7 @@ def _write_data(data: ExportData, home: Home, folder: Path) -> None:
     compared = before_after_frame(data.study, data.results, data.baselines)
     write_whole(
         folder / "before_after.csv",
-        lambda path: compared.to_csv(path, index=False, lineterminator="\n"),
+        lambda path: write_csv(compared, path),
     )
     write_whole(
         folder / "before_after.parquet", lambda path: compared.to_parquet(path, index=False)
@@ -286,7 +307,7 @@ def _mark(data: ExportData, home: Home, folder: Path, styles: Sequence[Style]) -
 def _readme(data: ExportData, styles: Sequence[Style]) -> Iterator[str]:
     yield f"# {data.study.study}, exported for a paper"
     yield ""
-    yield data.study.question.strip()
+    yield plain_markdown(data.study.question)
     yield ""
     for style in styles:
         figure = (
@@ -301,6 +322,7 @@ def _readme(data: ExportData, styles: Sequence[Style]) -> Iterator[str]:
         "and `_high` are its 95% interval"
     )
     yield "- `methods.md`, and `methods.tex` to \\input: the methods, from the records"
+    yield "- `evidence.md`: one page on what the claims rest on, each line with the keys behind it"
     yield "- `references.bib`: what methods.md cites"
     yield ("- `bundle/`: reruns the study and compares the outcome; see its README.md")
     yield (

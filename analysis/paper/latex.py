@@ -21,12 +21,14 @@ from ebbline.analysis.results.wording import (
     natural,
     settings_label,
     value_label,
+    without_marks,
 )
 from ebbline.sweeps.study.points import Result, Value
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.measuring.metrics import Metric, direction
 
+CONFIRMED = "confirmed"
 ROWS = 40  # most rows of one float: more do not fit on a page
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -113,7 +115,9 @@ def in_latex(text: str) -> str:
 def _inline(text: str) -> str:
     parts = re.split(r" ?\[(@[^\]]+)\]", text)  # every second part was in brackets
     words = [
-        re.sub(r"\b[0-9a-f]{40,64}\b", lambda found: breakable(found[0]), escaped(part))
+        re.sub(
+            r"\b[0-9a-f]{40,64}\b", lambda found: breakable(found[0]), escaped(without_marks(part))
+        )
         for part in parts[::2]
     ]
     cites = [
@@ -157,11 +161,13 @@ def frontier_table(study: Study, results: Sequence[Result], narrow: bool) -> str
         for axis in (axes_in(rows) if rows else [])
         if axis not in varying
     ]
+    names = [each.words.name for each in study.used_defences if each.method is not None]
+    by = f"projected by {names[0]}" if names == [SAFE_LORA.words.name] else "changed by a defence"
     caption = (
         f"Frontier of each model in the study {escaped(study.study)}. Rates are in per "
         f"cent; {_INTERVALS[layout.small]}"
         f" ({_samples({name: [row.metrics[name] for row in rows] for name in study.objectives})})."
-        rf" Share: of modules projected by {DEFENCE.words.name}. $\ast$: on the frontier "
+        rf" Share: of modules {by}. $\ast$: on the frontier "
         r"over all models."
     )
     if fixed:
@@ -191,6 +197,9 @@ def conditions(study: Study, results: Sequence[Result], baselines: Baselines) ->
             rows.append(
                 Condition(trio.model, STATES["shipped"], trio.shipped, trio.shipped.metrics)
             )
+            if trio.shipped.confirmed is not None and trio.shipped.confirmed.setting:
+                found = trio.shipped.confirmed.setting
+                rows.append(Condition(trio.model, CONFIRMED, trio.shipped, found))
     return rows
 
 
@@ -224,10 +233,15 @@ def _what_rows_are(study: Study, rows: Sequence[Condition]) -> str:
     states = {row.what for row in rows}
     if STATES["shipped"] in states:
         return (
-            " Projected: the most useful projected point that holds the refusal floor of"
+            " Projected: the most useful projected point whose rate meets the refusal floor of"
             f" {escaped(f'{study.refusal_floor:.0%}')}, or the nearest to it; fine-tuned: "
             "the same training with nothing projected,"
-            " if it was run. These points were picked on the same prompts that are shown here."
+            " if it was run. These points were picked on the same prompts that are shown here"
+            + (
+                ', except in the rows "confirmed": those are on other prompts and training seeds.'
+                if CONFIRMED in states
+                else ": they are candidates, and not confirmed."
+            )
         )
     if STATES["tuned"] not in states:
         return ""
@@ -304,7 +318,8 @@ def _cell(metric: Metric | None, layout: TableLayout) -> str:
     value, low, high = (f"{100 * share:.1f}" for share in (metric.value, *metric.interval))
     undecided = f" ({metric.undecided}u)" if metric.undecided else ""
     text = f"${value}_{{{low}}}^{{{high}}}$" if layout.small else f"{value} [{low}, {high}]"
-    return text + undecided
+    spread = metric.between_seeds
+    return text + ("" if spread is None else f" (sd {100 * spread:.1f})") + undecided
 
 
 def _samples(metrics: Mapping[str, Sequence[Metric]]) -> str:
@@ -320,8 +335,11 @@ def _samples(metrics: Mapping[str, Sequence[Metric]]) -> str:
     if not parts:
         return "nothing was measured"
     undecided = any(metric.undecided for found in metrics.values() for metric in found)
-    return f"$n$: {escaped(', '.join(parts))}" + (
-        "; u: undecided samples, counted against the model" if undecided else ""
+    seeds = any(len(metric.seeds) > 1 for found in metrics.values() for metric in found)
+    return (
+        f"$n$: {escaped(', '.join(parts))}"
+        + ("; sd: standard deviation between training seeds, in points" if seeds else "")
+        + ("; u: undecided samples, counted against the model" if undecided else "")
     )
 
 

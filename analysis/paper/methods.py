@@ -9,14 +9,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from ebbline.analysis.paper.citations import EBBLINE, PAPERS, pin_key
+from ebbline.analysis.report.answer import size_confound
 from ebbline.analysis.report.provenance import Provenance
 from ebbline.analysis.results.costs import cost_label, study_cost
 from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.measurements import Baselines
+from ebbline.analysis.results.picks.confirmed import confirmed_words
 from ebbline.analysis.results.wording import (
     NO_RESULT,
     metric_label,
     natural,
+    plain_markdown,
     status_label,
     value_label,
 )
@@ -24,13 +27,15 @@ from ebbline.cluster.profile import Profile
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.state.spending import Spent
-from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.points import Result, defence_of
+from ebbline.sweeps.study.reading.overlaps import Shared
 from ebbline.sweeps.study.references import Data
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import MultipleChoiceSuite, TaskSuite, scorers_of
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.defence import Defence
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.measuring.metrics import direction
-from ebbline.tasks.specs import TrainSpec
+from ebbline.tasks.specs import ProjectSpec, TrainSpec
 
 _QUANTISED = {
     "nf4": "quantised to NF4 [@dettmers2023qlora]",
@@ -58,24 +63,29 @@ def methods(
     before: Mapping[str, Cost],
     spent: Spent,
     profile: Profile,
+    shared: Sequence[Shared] = (),
 ) -> str:
     """A Markdown text of short paragraphs.
 
-    `before` maps stage keys to the cost of measuring the aligned models.
+    `before` maps stage keys to the cost of measuring the aligned models. `shared` says what each
+    suite's prompts have in common with the training data.
     """
     parts = {
         "Models": _models(study, provenance),
         "Fine-tuning": _training(study, results, provenance),
         "Projection": _projection(study, results),
         "Measurement": _measurement(study, results, baselines, provenance),
+        "Contamination": _contamination(shared),
         "Points": _points(study, results),
+        "Confirmation": _confirmation(study, results),
         "Seeds and intervals": _repeats(study, results),
         "Hardware and cost": _hardware(results, provenance, before, spent, profile),
         "Software": _software(provenance),
     }
     lines = [f"# Methods of the study {study.study}", "", _opening(study, results)]
     for title, sentences in parts.items():
-        lines += ["", f"**{title}.** " + " ".join(sentences)]
+        if text := " ".join(sentences):
+            lines += ["", f"**{title}.** {text}"]
     return "\n".join(
         [*lines, "", "**To be stated by the authors.** " + " ".join(_open(study, provenance)), ""]
     )
@@ -89,7 +99,8 @@ def _opening(study: Study, results: Sequence[Result]) -> str:
         if counts[status]
     ]
     text = (
-        f"Written by ebbline [@{EBBLINE}] from its records. The question: {study.question.strip()}"
+        f"Written by ebbline [@{EBBLINE}] from its records. The question: "
+        f"{plain_markdown(study.question)}"
     )
     if counts["running"] or counts["skipped"] or counts["outdated"]:
         text += (
@@ -176,6 +187,8 @@ def _fine_tuning(
             own = ", ".join(f"{field} {value_label(value)}" for field, value in settings)
             yield f"For {name} instead: {own}."
     sizes = _setting(results, "data.size", data.settings.size)
+    if confound := size_confound(study, results):
+        yield confound
     yield (
         f"Each model was trained on {sizes} examples of {_described('data.pool', provenance)}; "
         "a smaller set is a subset of a larger one with the same seed."
@@ -188,29 +201,69 @@ def _fine_tuning(
         )
 
 
+def _contamination(shared: Sequence[Shared]) -> Iterator[str]:
+    if shared:
+        yield "Prompts and training data were compared in normalised words. " + " ".join(
+            f"{each}." for each in shared
+        )
+
+
+def _confirmation(study: Study, results: Sequence[Result]) -> Iterator[str]:
+    confirmed = [result for result in results if result.confirmed is not None]
+    if not confirmed:
+        yield (
+            "No point was confirmed on prompts and training seeds that chose nothing: what the "
+            "tables show are candidates."
+        )
+        return
+    seeds = sorted({seed for each in confirmed if each.confirmed for seed in each.confirmed.seeds})
+    yield (
+        f"{len(confirmed)} nominated point{'s were' if len(confirmed) > 1 else ' was'} measured "
+        "again on prompts that neither the search nor a training had read, "
+        f"with the study's adapters and with {len(seeds)} fresh training seeds."
+        " One-sided 95% bounds of the confirmed rates are corrected for the points confirmed "
+        "(Bonferroni): exact binomial over prompts, and over the fresh seeds a t bound, the worse "
+        "of both for a setting."
+    )
+    refusal = study.refusal_metric
+    for result in confirmed if refusal is not None else ():
+        yield f"Point {result.number}: {confirmed_words(result, refusal or '')}"
+
+
 def _projection(study: Study, results: Sequence[Result]) -> Iterator[str]:
     if all(model.base is None and model.unaligned is None for model in study.models.values()):
         yield "No adapter was changed after its training."
         return
-    project = study.project
+    for defence in study.used_defences:
+        yield from _of_defence(study, defence, results)
+
+
+def _of_defence(study: Study, defence: Defence, every: Sequence[Result]) -> Iterator[str]:
+    results = [result for result in every if defence_of(result.point) is defence]
+    if defence is SAFE_LORA:
+        yield _projected(study, results)
+    knobs = study.knobs(defence, {})
+    used = {
+        axis: _setting(results, axis, value)
+        for axis, value in knobs.items()
+        if axis == defence.main_knob or value is not None or _varies(results, axis)
+    }
+    yield from defence.rules(used)
+
+
+def _projected(study: Study, results: Sequence[Result]) -> str:
+    project = ProjectSpec.model_validate(study.defence_specs(SAFE_LORA)[0])
     projector = _setting(results, "project.projector", project.projector)
     energy = (
         f", holding {_setting(results, 'project.energy', project.energy)} of the energy"
         if project.energy is not None
         else ""
     )
-    yield (
+    return (
         "Adapters were projected after training as in Safe LoRA [@hsu2024safelora]"
         f" with the {projector} projector{energy}, computed from the difference between "
         f"the aligned model and {_subtracted(study)}."
     )
-    knobs = DEFENCE.knobs(study.settings[DEFENCE.makes.KIND], {})
-    used = {
-        axis: _setting(results, axis, value)
-        for axis, value in knobs.items()
-        if axis == DEFENCE.main_knob or value is not None or _varies(results, axis)
-    }
-    yield from DEFENCE.rules(used)
 
 
 def _subtracted(study: Study) -> str:
@@ -268,9 +321,14 @@ def _measurement(
         rates = _listed([name.replace("_", " ") for name in measure.metrics()])
         yield (
             f"{suite}: {rates} on {asked_prompts}, of greedy completions of at most "
-            f"{measure.max_new_tokens} tokens,"
+            f"{measure.max_new_tokens} tokens, one for each prompt, without sampling or penalties,"
             f" by the scorer {kinds[0]}{also}; {n}."
         )
+        if prompts is not None and prompts.chat:
+            yield (
+                f"Its prompts were rendered as one user turn by a chat template with the sha256 "
+                f"{prompts.chat}, without a system prompt but the template's own."
+            )
         if measure.race is not None:
             yield (
                 f"{suite} was measured in blocks of {measure.race.block} prompts and could "
@@ -323,6 +381,7 @@ def _repeats(study: Study, results: Sequence[Result]) -> Iterator[str]:
     )
     yield f"Each point rests on {most}."
     metrics = [metric for result in finished(results) for metric in result.metrics.values()]
+    yield _drawn(study)
     means = (
         "; of means the normal one" if any(metric.squares is not None for metric in metrics) else ""
     )
@@ -330,6 +389,17 @@ def _repeats(study: Study, results: Sequence[Result]) -> Iterator[str]:
         f"Intervals are 95%: of rates Wilson's [@wilson1927]{means}. They cover the sampling "
         "of prompts, not of trainings."
     )
+
+
+def _drawn(study: Study) -> str:
+    """What a training seed draws."""
+    if study.train is None:
+        return "The adapters were trained outside this study."
+    if study.subsets is None:
+        return "A seed draws the rows of its data and its training."
+    if study.subsets == 1:
+        return "All seeds train on the same rows, so their spread is that of the training."
+    return f"Training seeds are crossed with {study.subsets} subsets of the data."
 
 
 def _hardware(

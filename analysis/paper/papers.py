@@ -28,10 +28,11 @@ from ebbline.analysis.results.wording import (
     percent,
     value_label,
 )
-from ebbline.sweeps.study.points import Result, Value, brought
+from ebbline.sweeps.study.points import Result, Value, brought, defence_of
 from ebbline.sweeps.study.study import Model, Study
 from ebbline.sweeps.study.suites import MultipleChoiceSuite, scorers_of
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.defence import SHARE_COLUMN
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.measuring.metrics import DIRECTIONS
 
 T = TypeVar("T")
@@ -140,7 +141,7 @@ def _row(
 
 def _suites(published: Published, study: Study) -> list[str]:
     """The suites of the study that measure the published metric."""
-    if published.suite in ("refusal", "task"):
+    if published.suite in ("refusal", "harm", "task"):
         return [
             name
             for name, entry in study.suites.items()
@@ -172,11 +173,14 @@ def _chosen(published: Published, study: Study, own: Sequence[Result]) -> list[R
         own = matching or own
     if published.state == "fine-tuned":
         return list(unprojected(own).values())
-    projected = [result for result in own if is_projected(result)]
+    projected = [
+        result for result in own if is_projected(result) and defence_of(result.point) is SAFE_LORA
+    ]
     at_knob = [
         result
         for result in projected
-        if published.knob is not None and _value(study, result, DEFENCE.main_knob) == published.knob
+        if published.knob is not None
+        and _value(study, result, SAFE_LORA.main_knob) == published.knob
     ]
     if at_knob or study.refusal_metric is None:
         return at_knob or projected
@@ -219,7 +223,7 @@ def _facts(
         ]
         yield _stated("alpha", published.alpha, alphas, value_label)
     if published.state == "projected":
-        knob = DEFENCE.main_knob
+        knob = SAFE_LORA.main_knob
         yield _setting(axis_label(knob), published.knob, chosen, study, knob)
     here = size.quantisation
     if published.quantisation is None:
@@ -237,7 +241,7 @@ def _facts(
 
 def _measure(published: Published, suite: str) -> Fact:
     there = f"{metric_label(published.metric)}{f' on {published.task}' if published.task else ''}"
-    if published.metric == DEFENCE.words.share:
+    if published.metric == SHARE_COLUMN:
         return Fact("metric", UNKNOWN, f"{there}, of layers", f"{there}, of modules")
     if published.metric not in DIRECTIONS or not suite:
         return Fact("metric", "differs", there, "not measured")
@@ -415,7 +419,7 @@ def _here(
     """The study's value. A tiny model's value is never compared with that of a real model."""
     if is_tiny(study.models[model]):
         return "not compared: a tiny model"
-    if published.metric == DEFENCE.words.share:
+    if published.metric == SHARE_COLUMN:
         shares = sorted(result.changed_share or 0.0 for result in chosen)
         return _span([percent(share) for share in shares]) if shares else "no such point"
     if published.metric not in DIRECTIONS or not suite:

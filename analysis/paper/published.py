@@ -1,19 +1,20 @@
 """Published numbers as their authors report them, one row per number with its source.
 
 A value that a paper withholds or that is not known is None. No row is a result of ebbline. An
-attack success rate that was measured by phrases is stored as 1 minus that rate; its note says so.
+attack success rate that was measured by phrases is stored as 1 minus that rate, and a score s from
+1 to 5 as (s - 1) / 4; its note says so.
 """
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.defence import SHARE_COLUMN
 from ebbline.tasks.specs import PromptFormat, Quantisation
 
 State = Literal["before", "fine-tuned", "projected"]
-HARMFUL = (
-    "harmful score"  # share that a judge or moderation model calls harmful; not a metric of ebbline
-)
+HARMFUL = "harm_score"  # of a judge that says harmful or not, this is the share it calls harmful
+_FLAGGED = "share that a judge calls harmful"
+_ONE_TO_FIVE = "{:g} of 1 to 5, a judge's mean"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Published:
     metric: str
     value: float
     note: str = ""
-    suite: Literal["refusal", "task", "mmlu", "hellaswag"] | None = None
+    suite: Literal["refusal", "harm", "task", "mmlu", "hellaswag"] | None = None
     method: Literal["lora", "full"] | None = "lora"
     quantisation: Quantisation | None = None
     data: str | None = None
@@ -95,6 +96,8 @@ def _asft(state: State, share: float, score: float) -> Published:
         state,
         HARMFUL,
         score / 100,
+        _FLAGGED,
+        suite="harm",
         data=f"AGNEWS, {share:.0%} of it harmful",
         hub_data="ag_news" if share == 0 else None,
         rows=1000,
@@ -167,9 +170,13 @@ def _asft_accuracy(state: State, value: float) -> Published:
 
 def _safemerge(state: State, task: float, direct: float, hex_phi: float) -> tuple[Published, ...]:
     def row(
-        metric: str, value: float, note: str = "", suite: Literal["task"] | None = None
+        metric: str,
+        value: float,
+        suite: Literal["task", "harm"],
+        note: str = "",
+        prompts: PromptFormat | None = None,
     ) -> Published:
-        on = "GSM8K" if suite else None
+        on = "GSM8K" if suite == "task" else None
         return Published(
             _SAFEMERGE,
             "Llama-3.1-8B",
@@ -181,13 +188,14 @@ def _safemerge(state: State, task: float, direct: float, hex_phi: float) -> tupl
             suite=suite,
             data="GSM8K",
             hub_data="gsm8k",
+            prompts=prompts,
             task=on,
         )
 
     return (
-        row("task_accuracy", task, suite="task"),
-        row(HARMFUL, direct, "DirectHarm"),
-        row(HARMFUL, hex_phi, "HEx-PHI"),
+        row("task_accuracy", task, "task"),
+        row(HARMFUL, direct, "harm", f"DirectHarm; {_FLAGGED}"),
+        row(HARMFUL, hex_phi, "harm", _FLAGGED, "hex-phi"),
     )
 
 
@@ -244,7 +252,7 @@ PUBLISHED: tuple[Published, ...] = (
         "Llama-2-7B-Chat",
         _LLAMA_7B,
         "projected",
-        DEFENCE.words.share,
+        SHARE_COLUMN,
         0.11,
         "about; of layers",
     ),
@@ -253,9 +261,10 @@ PUBLISHED: tuple[Published, ...] = (
         "Llama-2-7B-Chat",
         _LLAMA_7B,
         "projected",
-        "harmfulness",
-        1.055,
-        "a judge's mean, from 1 to 5",
+        HARMFUL,
+        (1.055 - 1) / 4,
+        _ONE_TO_FIVE.format(1.055),
+        suite="harm",
     ),
     Published(_SAFE_LORA, "Llama-2-7B-Chat", _LLAMA_7B, "projected", "MT-Bench", 6.34, "of 10"),
     Published(
@@ -263,7 +272,7 @@ PUBLISHED: tuple[Published, ...] = (
         "Llama-3-8B",
         _LLAMA_3,
         "projected",
-        DEFENCE.words.share,
+        SHARE_COLUMN,
         0.35,
         "about; of layers",
     ),
@@ -272,9 +281,10 @@ PUBLISHED: tuple[Published, ...] = (
         "Llama-3-8B",
         _LLAMA_3,
         "projected",
-        "harmfulness",
-        1.10,
-        "a judge's mean, from 1 to 5",
+        HARMFUL,
+        (1.10 - 1) / 4,
+        _ONE_TO_FIVE.format(1.10),
+        suite="harm",
     ),
     Published(_SAFE_LORA, "Llama-3-8B", _LLAMA_3, "projected", "MT-Bench", 5.05, "of 10"),
     _asft("fine-tuned", 0, 2.4),
@@ -307,7 +317,8 @@ PUBLISHED: tuple[Published, ...] = (
         "projected",
         HARMFUL,
         0.375,
-        "the lowest of its settings",
+        f"the lowest of its settings; {_FLAGGED}",
+        suite="harm",
         knob=0.6,
     ),
     Published(
@@ -317,7 +328,8 @@ PUBLISHED: tuple[Published, ...] = (
         "projected",
         HARMFUL,
         0.593,
-        "the highest of its settings",
+        f"the highest of its settings; {_FLAGGED}",
+        suite="harm",
         knob=0.6,
     ),
     Published(

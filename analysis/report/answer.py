@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ebbline.analysis.results.before_after import Line, before_after
-from ebbline.analysis.results.frontier import finished, objective_values
+from ebbline.analysis.results.claims.between_seeds import FEWEST_SEEDS, crossed_spreads
+from ebbline.analysis.results.frontier import evenly, finished, objective_values
 from ebbline.analysis.results.measurements import (
     LEVEL,
     NO_EVIDENCE,
@@ -20,15 +21,17 @@ from ebbline.analysis.results.measurements import (
     Move,
     better_unprojected,
     compared,
-    compared_with_aligned,
     is_projected,
     measurement,
     operating_point,
+    pairs_with_aligned,
     partners,
     refusal_metric,
     unprojected,
     usefulness_metric,
 )
+from ebbline.analysis.results.picks.confirmed import confirmed_words
+from ebbline.analysis.results.picks.floors import Pick, Standing
 from ebbline.analysis.results.tables import in_points
 from ebbline.analysis.results.wording import (
     NO_RESULT,
@@ -40,8 +43,9 @@ from ebbline.analysis.results.wording import (
     status_label,
     undecided_label,
 )
-from ebbline.sweeps.study.points import Result, without_defence
+from ebbline.sweeps.study.points import Result, defence_of, without_defence
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.measuring.metrics import Metric
 
 
@@ -55,7 +59,8 @@ def answer(
     """Paragraphs on each model's fine-tuning, projection and operating point, then the limits.
 
     `evidence` holds the samples: measurements on the same prompts are compared in pairs. Without
-    samples they are compared by their intervals. `lines` is the result of
+    samples they are compared by their intervals. Of many points, some are compared; the sentences
+    say how many. `lines` is the result of
     ebbline.analysis.results.before_after; it is computed if not given. Raises EvaluationError
     when a finished point lacks the refusal rate or an objective.
     """
@@ -71,50 +76,78 @@ def answer(
     lines = before_after(study, results, baselines, evidence) if lines is None else lines
     paragraphs: list[str] = []
     comparisons: list[Comparison] = []
-    for model in sorted({result.point.model for result in done}, key=natural):
-        own = [result for result in done if result.point.model == model]
+    models = sorted({result.point.model for result in done}, key=natural)
+    by_model = {
+        model: [result for result in done if result.point.model == model] for model in models
+    }
+    moves = _moves(by_model, baselines, refusal, evidence)
+    for model, own in by_model.items():
         aligned = baselines.get(model, {}).get(refusal)
         plain = list(unprojected(own).values())
-        from_tuning = (
-            []
-            if aligned is None
-            else compared_with_aligned(model, aligned, plain, refusal, evidence)
-        )
-        from_projection = _against_unprojected(own, refusal, evidence)
+        from_tuning, from_projection, projected = moves[model]
         paragraphs += [
             _fine_tuning(model, plain, refusal, aligned, from_tuning),
-            _projection(model, own, from_projection),
+            _projection(model, own, from_projection, projected),
         ]
         comparisons += [*from_tuning, *from_projection]
         picked = operating_point(study, own, refusal)
         if picked is not None:
-            best, holds = picked
             names = [name for name in (usefulness_metric(study), refusal) if name is not None]
             found = {
                 line.name: line.changes["projection"]
                 for line in lines
                 if line.model == model and "projection" in line.changes
             }
-            changes = {name: found[name] for name in names if holds and name in found}
-            paragraphs.append(_pick(study, model, own, refusal, best, holds, changes))
+            changes = {name: found[name] for name in names if picked.meets and name in found}
+            paragraphs.append(_pick(study, model, own, refusal, picked, changes))
             comparisons += changes.values()
-    return [*paragraphs, *_unfinished(results), _caution(done, refusal, comparisons)]
+    return [*paragraphs, *_unfinished(results), _caution(study, done, refusal, comparisons)]
 
 
-def _against_unprojected(own: Sequence[Result], name: str, evidence: Evidence) -> list[Comparison]:
-    """Compares each projected result with the unprojected result of the same training."""
+def _moves(
+    by_model: Mapping[str, Sequence[Result]],
+    baselines: Baselines,
+    name: str,
+    evidence: Evidence,
+) -> dict[str, tuple[list[Comparison], list[Comparison], int]]:
+    """Model -> its comparisons by fine-tuning and by projection, and how many projected results
+    have an unprojected partner. Those of all models are one family: their p-values are corrected
+    together.
+    """
+    tuned, projected, counts = {}, {}, {}
+    for model, own in by_model.items():
+        aligned = baselines.get(model, {}).get(name)
+        plain = evenly(list(unprojected(own).values()))
+        tuned[model] = (
+            [] if aligned is None else pairs_with_aligned(model, aligned, plain, name, evidence)
+        )
+        pairs = _pairs_with_unprojected(own)
+        counts[model] = len(pairs)
+        projected[model] = [
+            (measurement(partner, name, evidence), measurement(result, name, evidence))
+            for partner, result in evenly(pairs)
+        ]
+    found = iter(compared([p for own in (tuned, projected) for ps in own.values() for p in ps]))
+    counted = [
+        {model: [next(found) for _ in pairs] for model, pairs in own.items()}
+        for own in (tuned, projected)
+    ]
+    return {model: (counted[0][model], counted[1][model], counts[model]) for model in by_model}
+
+
+def _pairs_with_unprojected(own: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """Each projected result behind the unprojected result of the same training."""
     partner_of = partners(own)
-    pairs = [
+    return [
         (partner_of[without_defence(result.point)], result)
         for result in own
         if is_projected(result) and without_defence(result.point) in partner_of
     ]
-    return compared(
-        [
-            (measurement(partner, name, evidence), measurement(result, name, evidence))
-            for partner, result in pairs
-        ]
-    )
+
+
+def _of_all(compared_count: int, count: int, what: str) -> str:
+    """Says that only a part was compared; empty if all were."""
+    return "" if compared_count == count else f" ({compared_count} of {count} {what} compared)"
 
 
 def _fine_tuning(
@@ -145,20 +178,24 @@ def _fine_tuning(
     text = (
         f"{model}, fine-tuning: the aligned model refuses {measured(aligned)}. Fine-tuned "
         "without projection, the"
-        f" refusal rate is {tally(from_tuning, 'training')}: {found}."
+        f" refusal rate is {tally(from_tuning, 'training')}"
+        f"{_of_all(len(from_tuning), len(plain), 'trainings')}: {found}."
     )
     if aligned.value == 0:
         text += " It refused nothing before, so no loss of refusals could show."
     elif all(comparison.move != "lower" for comparison in from_tuning):
         text += (
-            f" The expected loss of refusals is absent: no fine-tuning of {model} "
-            "measurably lowered them, so there was"
+            " The expected loss of refusals is absent: no "
+            f"{'fine-tuning' if len(from_tuning) == len(plain) else 'compared fine-tuning'} of "
+            f"{model} measurably lowered them, so there was"
             " nothing for projection to bring back."
         )
     return text
 
 
-def _projection(model: str, own: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
+def _projection(
+    model: str, own: Sequence[Result], comparisons: Sequence[Comparison], projected: int
+) -> str:
     if not any(is_projected(result) for result in own):
         return (
             f"{model}, projection: no projected point has finished, so the effect of "
@@ -172,7 +209,7 @@ def _projection(model: str, own: Sequence[Result], comparisons: Sequence[Compari
         )
     text = (
         f"{model}, projection: against the same training without it, refusal rate is "
-        f"{tally(comparisons, 'point')}."
+        f"{tally(comparisons, 'point')}{_of_all(len(comparisons), projected, 'points')}."
     )
     if all(comparison.move != "higher" for comparison in comparisons):
         text += (
@@ -205,7 +242,7 @@ def how_found(comparisons: Sequence[Comparison]) -> str:
     if not tests:
         return ""
     if len(comparisons) == 1:
-        low, high = tests[0].interval
+        low, high = comparisons[0].interval
         return (
             f"paired, difference {in_points(tests[0].difference)} points, 95% interval "
             f"{in_points(low)} to {in_points(high)}"
@@ -226,31 +263,22 @@ def _pick(
     model: str,
     own: Sequence[Result],
     refusal: str,
-    best: Result,
-    holds: bool,
+    picked: Pick,
     changes: Mapping[str, Comparison],
 ) -> str:
     """The operating point: its refusal rate, the certainty of that, and the cost in usefulness."""
-    useful, floor = usefulness_metric(study), percent(study.refusal_floor)
-    if not holds:
+    useful, floor, best = usefulness_metric(study), percent(study.refusal_floor), picked.result
+    if not picked.meets:
         return (
             f"{model}, operating point: none of {sum(map(is_projected, own))} projected "
             f"points holds the refusal floor of {floor}."
             f" The nearest, {_named(best)}, refuses "
-            f"{measured(best.metrics[refusal])}.{_without_projection(study, own, refusal)}"
+            f"{measured(best.metrics[refusal])}.{_confirmation(picked, refusal)}"
+            f"{_without_projection(study, own, refusal)}"
         )
-    low = best.metrics[refusal].interval[0]
-    sure = (
-        "Its whole interval is at or above the floor."
-        if low >= study.refusal_floor
-        else (
-            f"Its interval reaches down to {percent(low)}, so whether it holds the floor is "
-            "not certain."
-        )
-    )
     text = (
         f"{model}, operating point: {_named(best)} refuses {measured(best.metrics[refusal])}; "
-        f"the floor is {floor}. {sure}"
+        f"the floor is {floor}.{_confirmation(picked, refusal)}"
     )
     if useful is not None:
         text += f" Its {metric_label(useful)} is {measured(best.metrics[useful])}."
@@ -260,24 +288,48 @@ def _pick(
     return text + _without_projection(study, own, refusal)
 
 
+def _confirmation(picked: Pick, refusal: str) -> str:
+    """Sentences on what the claim rests on: the search alone, or the confirmed numbers."""
+    confirmed = confirmed_words(picked.result, refusal)
+    if not confirmed:
+        if not picked.meets:
+            return ""
+        return (
+            f" It is a candidate: the best of {picked.among} different adapters by the numbers "
+            "that chose it, which look better than they are. `ebbline confirm` measures it on "
+            "other prompts and training seeds."
+        )
+    return f" {STANDS[picked.standing]} {confirmed}"
+
+
+STANDS: dict[Standing, str] = {
+    "holds": "Confirmed: the setting holds the floor.",
+    "unsure": "Confirmed, and not sure: the setting's value meets the floor, its bound does not.",
+    "candidate": "Its setting was not confirmed.",
+    "missed": "Confirmed not to hold: the setting's value is below the floor.",
+}
+
+
 def _without_projection(study: Study, own: Sequence[Result], refusal: str) -> str:
     """A sentence on the point that `ebbline pick` names, if that point is not projected."""
     useful, found = usefulness_metric(study), better_unprojected(study, own, refusal)
     if found is None:
         return ""
+    best = found.result
+    stands = "holds the floor" if found.holds else "meets the floor as a candidate"
     text = (
-        f" Without projection {_named(found)} holds the floor: it refuses "
-        f"{measured(found.metrics[refusal])}"
+        f" Without projection {_named(best)} {stands}: it refuses {measured(best.metrics[refusal])}"
     )
     return text + (
         "."
         if useful is None
-        else f", and its {metric_label(useful)} is {measured(found.metrics[useful])}."
+        else f", and its {metric_label(useful)} is {measured(best.metrics[useful])}."
     )
 
 
 def _named(result: Result) -> str:
-    share = f"{result.changed_share or 0.0:.0%} of modules projected"
+    word = "projected" if defence_of(result.point) is SAFE_LORA else "changed"
+    share = f"{result.changed_share or 0.0:.0%} of modules {word}"
     return f"point {result.number} ({settings_label(result.point)}; {share})"
 
 
@@ -315,7 +367,9 @@ def _unfinished(results: Sequence[Result]) -> list[str]:
     return sentences
 
 
-def _caution(done: Sequence[Result], refusal: str, comparisons: Sequence[Comparison]) -> str:
+def _caution(
+    study: Study, done: Sequence[Result], refusal: str, comparisons: Sequence[Comparison]
+) -> str:
     """Explains "higher" and "lower", and what the intervals do not cover."""
     metrics = [metric for result in done for metric in result.metrics.values()]
     one_seed = (
@@ -332,8 +386,9 @@ def _caution(done: Sequence[Result], refusal: str, comparisons: Sequence[Compari
         meaning(comparisons),
         f"The intervals of rates are Wilson's{means}. They cover the sampling of prompts, "
         f"not of trainings{one_seed}.",
-        *_between_seeds([result.metrics[refusal] for result in done], metric_label(refusal)),
+        *_between_seeds(study, [result.metrics[refusal] for result in done], refusal),
         "A point picked as the best of many looks better than it is.",
+        *filter(None, [size_confound(study, done)]),
     ]
     undecided = max(metric.undecided / metric.n for metric in metrics)
     if undecided > 0:
@@ -349,7 +404,7 @@ def meaning(comparisons: Sequence[Comparison]) -> str:
     by_intervals = "mean that the 95% intervals do not overlap"
     tests = [comparison.paired for comparison in comparisons if comparison.paired is not None]
     if not tests:
-        return f"Higher and lower {by_intervals}."
+        return f"Higher and lower {by_intervals}.{about(comparisons)}"
     test = (
         "McNemar's exact test"
         if all(test.n == test.items for test in tests)
@@ -359,17 +414,96 @@ def meaning(comparisons: Sequence[Comparison]) -> str:
         "Higher and lower, where paired, mean that the same prompts differ: the 95% "
         "bootstrap interval of the difference leaves"
         f" out 0, and {test} has p < {LEVEL:g}. This p-value is corrected by Benjamini and "
-        "Hochberg for all comparisons in the"
-        " same sentence or table."
+        "Hochberg for the whole family: all models of"
+        " the same sentences or table. It does not allow for the choice of a picked point."
         + ("" if len(tests) == len(comparisons) else f" Elsewhere they {by_intervals}.")
+        + about(comparisons)
     )
 
 
-def _between_seeds(metrics: Sequence[Metric], label: str) -> list[str]:
+def about(comparisons: Sequence[Comparison]) -> str:
+    """Whether the verdicts are about settings or only about the adapters that were measured."""
+    settings = [each.between.seeds for each in comparisons if each.between is not None]
+    adapters = len(comparisons) - len(settings)
+    over = (
+        f" With {_counts(settings)} seeds they are about the setting, and also need the 95% t "
+        "interval over the seeds to leave out 0."
+        if settings
+        else ""
+    )
+    only = (
+        f" {'Elsewhere they' if settings else 'They'} are about the adapters that were measured, "
+        f"not about their settings: that needs {FEWEST_SEEDS} training seeds."
+        if adapters
+        else ""
+    )
+    return over + only
+
+
+def _counts(seeds: Sequence[int]) -> str:
+    few, most = min(seeds), max(seeds)
+    return str(few) if few == most else f"{few} to {most}"
+
+
+def size_confound(study: Study, results: Sequence[Result]) -> str:
+    """What a comparison of data sizes holds equal; the other one moves with the size. Empty where
+    the points have one size.
+    """
+    axes = [dict(result.point.values) for result in results]
+    if study.train is None or len({each.get("data.size") for each in axes}) < 2:
+        return ""
+    if study.train.steps is not None or any("train.steps" in each for each in axes):
+        return (
+            "Data sizes are compared at equal steps, so a smaller set was seen more often: an "
+            "effect of the size may be one of the repetition."
+        )
+    return (
+        "Data sizes are compared at equal epochs, so a larger set was trained on for more steps: "
+        "an effect of the size may be one of the number of steps."
+    )
+
+
+def _between_seeds(study: Study, metrics: Sequence[Metric], name: str) -> list[str]:
+    """How far the seeds' values are apart, and what that spread contains."""
     spreads = [metric.between_seeds for metric in metrics if metric.between_seeds is not None]
     if not spreads:
         return []
-    typical = math.sqrt(sum(spread**2 for spread in spreads) / len(spreads))
+    typical = _root_mean_square(spreads)
     most = f" (at most {100 * max(spreads):.1f})" if len(spreads) > 1 else ""
     varies = f"varies by a standard deviation of {100 * typical:.1f} points{most}"
-    return [f"Between seeds the {label} {varies}; the intervals do not cover that."]
+    return [
+        f"Between seeds the {metric_label(name)} {varies}; the intervals of rates do not cover "
+        f"that. {_contents(study, metrics)}"
+    ]
+
+
+def _contents(study: Study, metrics: Sequence[Metric]) -> str:
+    if study.train is None:
+        return "The adapters were trained elsewhere, so what their spread contains is not known."
+    if study.subsets is None:
+        return "Each seed draws its own rows and its own training, so the spread contains both."
+    if study.subsets == 1:
+        return "All seeds train on the same rows, so the spread is that of the training alone."
+    found = [
+        each
+        for metric in metrics
+        if (each := crossed_spreads(metric.seeds, study.subsets)) is not None
+    ]
+    if not found:
+        return (
+            "Trainings are crossed with subsets of the data, and no point has two of each, so "
+            "their spreads are not told apart."
+        )
+    training, data, rest = (
+        100 * _root_mean_square([getattr(each, part) for each in found])
+        for part in ("training", "data", "rest")
+    )
+    return (
+        f"Trainings are crossed with {study.subsets} subsets of the data: {training:.1f} points of "
+        f"it are between trainings, {data:.1f} between subsets, {rest:.1f} are left. The t tests "
+        "take all seeds as independent, which crossed ones are not."
+    )
+
+
+def _root_mean_square(values: Sequence[float]) -> float:
+    return math.sqrt(sum(value**2 for value in values) / len(values))

@@ -1,15 +1,16 @@
 """A study's results with everything computed from them once, for its report and figures."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from matplotlib.figure import Figure
 
 from ebbline.analysis.figures.attainment import attainment_figure
 from ebbline.analysis.figures.before_after import before_after_figure
-from ebbline.analysis.figures.frontier import frontier_figure
+from ebbline.analysis.figures.defences import defences_caption, defences_figure, defences_words
+from ebbline.analysis.figures.frontier import frontier_caption, frontier_figure
 from ebbline.analysis.figures.importance import importance_figure
-from ebbline.analysis.figures.knob import threshold_figure
+from ebbline.analysis.figures.knob import threshold_caption, threshold_figure
 from ebbline.analysis.figures.words import (
     attainment_words,
     before_after_words,
@@ -20,6 +21,12 @@ from ebbline.analysis.figures.words import (
 from ebbline.analysis.report.attempts import Attempts
 from ebbline.analysis.results.attainment import Attainment, attainments
 from ebbline.analysis.results.before_after import Line, before_after
+from ebbline.analysis.results.defended.beside import (
+    Against,
+    against_controls,
+    against_defences,
+)
+from ebbline.analysis.results.defended.modules import NO_EFFECTS, ModuleEffects
 from ebbline.analysis.results.measurements import (
     NO_EVIDENCE,
     Baselines,
@@ -28,9 +35,11 @@ from ebbline.analysis.results.measurements import (
     usefulness_metric,
 )
 from ebbline.sweeps.search.importance import METHOD, Importance, importances
+from ebbline.sweeps.state.controls import ControlResult
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.defence import Defence
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,9 @@ class Findings:
     attained: Mapping[str, Attainment]
     importance: Mapping[str, Importance]
     picked: Sequence[Result] = ()  # what `ebbline pick` recorded
+    controls: Sequence[ControlResult] = ()
+    against: Sequence[Against] = ()  # each defence against its controls, and the other defences
+    effects: ModuleEffects = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,9 +80,12 @@ def findings(
     picked: Sequence[Result] = (),
     attempts: Attempts | None = None,
     importance: Callable[[], dict[str, Importance]] | None = None,
+    controls: Sequence[ControlResult] = (),
+    effects: ModuleEffects = NO_EFFECTS,
 ) -> Findings:
     """What is computed from the results. A part that fails is empty, and noted in `attempts`.
-    `importance` returns that of the axes, if something else computes it.
+    `importance` returns that of the axes, if something else computes it. `controls` are the results
+    of controls, and `effects` what the defences did to each module at their operating points.
     """
     make = (attempts or Attempts()).make
     return Findings(
@@ -91,6 +106,16 @@ def findings(
             or {}
         ),
         picked,
+        controls,
+        make(
+            "the comparison with controls",
+            lambda: [
+                *against_controls(study, results, controls, evidence),
+                *against_defences(study, results, evidence),
+            ],
+        )
+        or (),
+        effects,
     )
 
 
@@ -132,12 +157,12 @@ def pictures_of(found: Findings) -> dict[str, FigureToDraw]:
         "frontier": FigureToDraw(
             lambda: frontier_figure(results, study.objectives, baselines, picked=found.picked),
             lambda: frontier_words(results, study.objectives, baselines, found.picked),
-            lambda: (
-                "Every finished point with its 95% Wilson intervals. Filled: projected; "
-                "hollow: not. The steps are each model's frontier,"
-                " the stars its aligned model before fine-tuning."
-                + (" A ring marks the point that `ebbline pick` chose." if found.picked else "")
-            ),
+            lambda: frontier_caption(results, found.picked),
+        ),
+        "defences": FigureToDraw(
+            lambda: defences_figure(results, found.controls, names),
+            lambda: defences_words(results, found.controls, names),
+            lambda: defences_caption(found.controls),
         ),
         "attainment": FigureToDraw(
             lambda: attainment_figure(found.attained, study.objectives),
@@ -147,8 +172,13 @@ def pictures_of(found: Findings) -> dict[str, FigureToDraw]:
         "thresholds": FigureToDraw(
             lambda: threshold_figure(results, names, baselines),
             lambda: threshold_words(results, names, baselines),
-            lambda: f"{DEFENCE.words.against} 95% Wilson intervals.",
+            lambda: threshold_caption(results),
         ),
+        **{
+            f"settings-{defence.name}": _along(found, names, defence)
+            for defence in study.used_defences
+            if defence is not SAFE_LORA and defence.main_knob
+        },
         "before-after": FigureToDraw(
             lambda: before_after_figure(found.lines),
             lambda: before_after_words(found.lines),
@@ -165,6 +195,16 @@ def pictures_of(found: Findings) -> dict[str, FigureToDraw]:
             ),
         ),
     }
+
+
+def _along(found: Findings, names: Sequence[str], defence: Defence) -> FigureToDraw:
+    """The metrics along the main knob of a defence, as `thresholds` for Safe LoRA."""
+    results, baselines = found.results, found.baselines
+    return FigureToDraw(
+        lambda: threshold_figure(results, names, baselines, defence=defence),
+        lambda: threshold_words(results, names, baselines, defence),
+        lambda: threshold_caption(results, defence),
+    )
 
 
 def attainment_caption(found: Findings) -> str:

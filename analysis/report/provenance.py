@@ -8,16 +8,17 @@ import json
 import platform
 import shutil
 import subprocess
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import NamedTuple
 
-from ebbline.analysis.results.collect import SuitePrompts, artifacts_behind, prompt_sets
+from ebbline.analysis.results.collect import SuitePrompts, costs_before, prompt_sets
+from ebbline.analysis.results.costs import stage_costs
 from ebbline.analysis.results.wording import natural
-from ebbline.cluster.store.artifacts import Artifact
+from ebbline.cluster.schedule.costs import Cost, Origin
 from ebbline.sweeps.state.races.racing import races
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.changes import lasting
@@ -187,15 +188,12 @@ class Provenance:
         yield from (ProvenanceRow("Hardware", each.kind, str(each)) for each in self.hardware)
 
 
-def provenance(
-    view: StudyView, results: Sequence[Result], artifacts: Sequence[Artifact] | None = None
-) -> Provenance:
-    """The provenance of the results: software of this process, hardware from the stages' records.
-
-    `artifacts` are those behind the results; they are read if not given.
+def provenance(view: StudyView, results: Sequence[Result]) -> Provenance:
+    """The provenance of the results: software of this process, hardware from the stages' records,
+    which the results carry.
     """
     study = view.study
-    artifacts = artifacts_behind(view, results) if artifacts is None else artifacts
+    stages = list(stage_costs(results, costs_before(view)).values())
     return Provenance(
         study_sha256=digest(lasting(study.model_dump(mode="json"))),
         seeds=study.seeds,
@@ -206,8 +204,8 @@ def provenance(
         build=build(),
         python=platform.python_version(),
         packages=packages(),
-        stage_versions=_versions(artifacts),
-        hardware=tuple(hardware(artifacts)),
+        stage_versions=_versions(stages),
+        hardware=tuple(hardware(stages)),
         driving=_driving(study),
     )
 
@@ -287,30 +285,22 @@ def packages(names: Sequence[str] = PACKAGES) -> dict[str, str]:
     return found
 
 
-def hardware(artifacts: Sequence[Artifact]) -> list[Hardware]:
+def hardware(stages: Sequence[Cost]) -> list[Hardware]:
     """Where the stages with GPUs (also logical ones) ran, by kind, device and GPU type."""
-    found: dict[tuple[str, str, str | None], list[Artifact]] = defaultdict(list)
-    for artifact in artifacts:
-        record = artifact.provenance
-        if record.get("gpus"):
-            found[
-                artifact.kind,
-                str(record.get("device", "an unknown device")),
-                record.get("gpu_type"),
-            ].append(artifact)
+    found: dict[tuple[str, str, str | None], list[tuple[Origin, Cost]]] = defaultdict(list)
+    for stage in stages:
+        origin = stage.origin
+        if origin is not None and origin.gpus:
+            found[origin.kind, origin.device, origin.gpu_type].append((origin, stage))
     return [
         Hardware(
             kind,
             device,
             gpu_type,
-            hosts=tuple(
-                sorted({str(each.provenance.get("host", "unknown")) for each in own}, key=natural)
-            ),
-            most_gpus=max(int(each.provenance["gpus"]) for each in own),
+            hosts=tuple(sorted({origin.host for origin, _ in own}, key=natural)),
+            most_gpus=max(origin.gpus for origin, _ in own),
             stages=len(own),
-            gpu_s=sum(
-                float(each.provenance["seconds"]) * int(each.provenance["gpus"]) for each in own
-            ),
+            gpu_s=sum(3600 * stage.gpu_hours for _, stage in own),
         )
         for (kind, device, gpu_type), own in sorted(
             found.items(), key=lambda item: (item[0][0], item[0][1], item[0][2] or "")
@@ -318,11 +308,11 @@ def hardware(artifacts: Sequence[Artifact]) -> list[Hardware]:
     ]
 
 
-def _versions(artifacts: Sequence[Artifact]) -> dict[str, tuple[int, ...]]:
-    counted: dict[str, Counter[int]] = defaultdict(Counter)
-    for artifact in artifacts:
-        counted[artifact.kind][int(artifact.hashed["version"])] += 1
-    return {kind: tuple(sorted(counted[kind])) for kind in sorted(counted)}
+def _versions(stages: Sequence[Cost]) -> dict[str, tuple[int, ...]]:
+    found: dict[str, set[int]] = defaultdict(set)
+    for origin in {stage.origin for stage in stages if stage.origin is not None}:
+        found[origin.kind].add(origin.version)
+    return {kind: tuple(sorted(found[kind])) for kind in sorted(found)}
 
 
 def _name(reference: Hub | Local) -> str:

@@ -17,6 +17,12 @@ from ebbline.analysis.figures.importance import importance_cells, importance_not
 from ebbline.analysis.figures.projection import Projections, projection_figures
 from ebbline.analysis.report.answer import answer
 from ebbline.analysis.report.attempts import Attempts
+from ebbline.analysis.report.defence_words import (
+    against_cells,
+    control_sentences,
+    norm_note,
+    rival_sentences,
+)
 from ebbline.analysis.report.findings import DrawnFigure, Findings, figures_of
 from ebbline.analysis.report.page import (
     Shown,
@@ -30,13 +36,28 @@ from ebbline.analysis.report.provenance import ProvenanceRow
 from ebbline.analysis.report.short_answer import BRACKETS, in_short
 from ebbline.analysis.report.verdict import NO_CONTROL, answer_cells, shown_effects, verdict
 from ebbline.analysis.results.before_after import before_after, before_after_cells, trios
+from ebbline.analysis.results.controls.means import control_notes, names_controls
+from ebbline.analysis.results.defended.beside import (
+    against_controls,
+    against_defences,
+)
+from ebbline.analysis.results.defended.labels import CONTROLS_EXPLAINED
+from ebbline.analysis.results.defended.modules import effect_cells
 from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
+from ebbline.analysis.results.labelled.corrected import (
+    SCORER_COLUMNS,
+    LabelledSuite,
+    rate_columns,
+    rate_rows,
+    scorer_rows,
+    summary_lines,
+)
 from ebbline.analysis.results.measurements import NO_EVIDENCE, Baselines, Evidence
 from ebbline.analysis.results.tables import (
     agreement_cells,
     category_cells,
     frontier_cells,
-    results_frame,
+    frontier_frame,
 )
 from ebbline.analysis.results.wording import (
     NO_RESULT,
@@ -49,11 +70,13 @@ from ebbline.analysis.results.wording import (
 )
 from ebbline.sweeps.drive.live import host_names
 from ebbline.sweeps.search.importance import METHOD
+from ebbline.sweeps.state.controls import ControlResult
 from ebbline.sweeps.study.points import STATUSES, Result
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences import words
 from ebbline.tasks.files import write_whole
 
+MOST_ROWS = 200  # of a table of points on the page; CSV files have all
 _NO_PROJECTIONS: Projections = MappingProxyType({})
 
 
@@ -67,14 +90,15 @@ def write_report(
     figures: Mapping[str, DrawnFigure] | None = None,
     notes: Sequence[str] = (),
     attempts: Attempts | None = None,
+    labelled: Sequence[LabelledSuite] = (),
 ) -> Path:
     """Writes FOLDER/report.html.
 
-    `notes` are sentences to print. `cost` maps labels to values. `plan` is the SVG picture
-    of the latest plan. `figures` is the result of figures_of; the figures are drawn if it is not
-    given. Without evidence there are no paired comparisons, no tables by category and no scorer
-    agreement. A part of the page that fails is left out, noted in `attempts`, and named at the top
-    of the page.
+    `labelled` is what a person's labels say of the scorers. `notes` are sentences to print. `cost`
+    maps labels to values. `plan` is the SVG picture of the latest plan. `figures` is the result of
+    figures_of; the figures are drawn if it is not given. Without evidence there are no paired
+    comparisons, no tables by category and no scorer agreement. A part of the page that fails is
+    left out, noted in `attempts`, and named at the top of the page.
     """
     study, results, hosts = found.study, found.results, host_names(folder)
     attempts = Attempts() if attempts is None else attempts
@@ -89,21 +113,24 @@ def write_report(
     }
     pictures = {name: each for name, each in embedded_figures.items() if each is not None}
     parts: dict[str, Any] = {"figures": pictures}
-    for field, (name, build, missing) in _parts(found, projections, plan, hosts).items():
+    for field, (name, build, missing) in _parts(found, projections, plan, hosts, labelled).items():
         made = make(name, build)
         parts[field] = missing if made is None else made
     page = template("report/report_template.html").render(
         **parts,
         study=study,
         brackets=BRACKETS,
-        no_control=NO_CONTROL,
+        controls_explained=CONTROLS_EXPLAINED,
+        no_control="" if names_controls(study) else NO_CONTROL,
         notes=notes,
         counts={status: sum(result.status == status for result in results) for status in STATUSES},
         objectives=[directed_label(name) for name in study.objectives],
+        knobs=[each for name, each in pictures.items() if name.startswith("settings-")],
         means=any(
             metric.squares is not None for result in results for metric in result.metrics.values()
         ),
         importance_method=METHOD,
+        most_rows=MOST_ROWS,
         cost=cost,
         provenance=[
             (group, list(rows))
@@ -115,12 +142,15 @@ def write_report(
 
 
 def _parts(
-    found: Findings, projections: Projections, plan: Path | None, hosts: Collection[str]
+    found: Findings,
+    projections: Projections,
+    plan: Path | None,
+    hosts: Collection[str],
+    labelled: Sequence[LabelledSuite],
 ) -> dict[str, tuple[str, Callable[[], Any], Any]]:
     """Field of the page -> (name of the part, how it is made, what stands there if it fails)."""
     study, results, lines = found.study, found.results, found.lines
     before, evidence, nothing = found.baselines, found.evidence, pd.DataFrame()
-    frame = partial(results_frame, results, study.objectives)
     return {
         "short": (
             "the short answer",
@@ -132,6 +162,27 @@ def _parts(
             lambda: verdict(study, results, lines),
             "The first sentence could not be made.",
         ),
+        "controlled": (
+            "the sentences on controls",
+            lambda: control_sentences(study, found.against),
+            [],
+        ),
+        "rivals": (
+            "the sentences on several defences",
+            lambda: rival_sentences(study, found.against),
+            [],
+        ),
+        "against": (
+            "the table of comparisons with controls",
+            lambda: against_cells(study, found.against),
+            nothing,
+        ),
+        "effects_table": (
+            "the table of modules",
+            lambda: effect_cells(found.effects),
+            nothing,
+        ),
+        "norm_note": ("the note on norms", lambda: norm_note(study, found.effects), ""),
         "answers": (
             "the table of answers",
             lambda: answer_cells(study, results, lines),
@@ -164,9 +215,10 @@ def _parts(
             lambda: list(agreement_cells(study, results, evidence)),
             [],
         ),
+        "labels": ("what the labels say", lambda: list(map(_labels, labelled)), []),
         "table": (
             "the table of the frontier",
-            lambda: frontier_cells(frame(), study.objectives),
+            lambda: frontier_cells(frontier_frame(results, study.objectives), study.objectives),
             nothing,
         ),
         "projections": ("what was projected", lambda: _projection_figures(projections), []),
@@ -185,14 +237,36 @@ def _parts(
     }
 
 
+def _labels(found: LabelledSuite) -> tuple[list[str], pd.DataFrame, pd.DataFrame]:
+    """(lines, scorers against the person, corrected rates) of one suite."""
+    return (
+        summary_lines(found),
+        pd.DataFrame(scorer_rows(found), columns=list(SCORER_COLUMNS)),
+        pd.DataFrame(rate_rows(found), columns=list(rate_columns(found))),
+    )
+
+
 def summary(
-    study: Study, results: Sequence[Result], baselines: Baselines, evidence: Evidence = NO_EVIDENCE
+    study: Study,
+    results: Sequence[Result],
+    baselines: Baselines,
+    evidence: Evidence = NO_EVIDENCE,
+    controls: Sequence[ControlResult] = (),
 ) -> dict[str, Any]:
     """The report's content as JSON values, for scripts."""
     lines = before_after(study, results, baselines, evidence)
+    against = [
+        *against_controls(study, results, controls, evidence),
+        *against_defences(study, results, evidence),
+    ]
     return {
         "study": study.study,
         "objectives": list(study.objectives),
+        "controls": {
+            "sentences": control_sentences(study, against),
+            "defences": rival_sentences(study, against),
+            "notes": list(control_notes(study, results, controls)),
+        },
         "verdict": verdict(study, results, lines),
         "effects": dict(shown_effects(study, results, lines)),
         "in_short": in_short(study, results, baselines, lines, evidence),
@@ -268,8 +342,10 @@ def _sizes(study: Study, results: Sequence[Result]) -> list[str]:
             sentences.append(f"{trio.model}: fine-tuned is {tuned}; nothing is projected.")
         else:
             how = (
-                f"holds the refusal floor of {floor}"
+                f"is confirmed to hold the refusal floor of {floor}"
                 if trio.holds
+                else f"meets the refusal floor of {floor} as a candidate"
+                if trio.meets
                 else f"comes nearest to the refusal floor of {floor}, below it"
             )
             settings = settings_label(trio.shipped.point)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from ebbline.analysis.results.before_after import Line, Trio, trios
-from ebbline.analysis.results.frontier import finished
+from ebbline.analysis.results.frontier import evenly, finished
 from ebbline.analysis.results.measurements import (
     NO_EVIDENCE,
     Baselines,
@@ -68,13 +68,15 @@ def _fine_tuning(
     evidence: Evidence,
 ) -> str:
     pairs: list[tuple[Measurement, Measurement]] = []
+    trainings = 0
     for model in lines:
         plain = list(
             unprojected([result for result in done if result.point.model == model]).values()
         )
         aligned = baselines.get(model, {}).get(refusal)
         if aligned is not None:
-            pairs += pairs_with_aligned(model, aligned, plain, refusal, evidence)
+            pairs += pairs_with_aligned(model, aligned, evenly(plain), refusal, evidence)
+            trainings += len(plain)
     comparisons = compared(pairs)
     if not comparisons:
         measured = any(refusal in metrics for metrics in baselines.values())
@@ -86,8 +88,8 @@ def _fine_tuning(
         sum(change.move == way for change in comparisons) for way in ("lower", "higher")
     )
     text = (
-        "Fine-tuning without projection "
-        f"{_counted(lowered, len(comparisons))}{f' and raised it in {raised}' if raised else ''}"
+        f"Fine-tuning without projection {_counted(lowered, len(comparisons), trainings)}"
+        f"{f' and raised it in {raised}' if raised else ''}"
     )
     both = [line for line in lines.values() if "fine-tuning" in line.changes]
     if not both:
@@ -102,17 +104,23 @@ def _fine_tuning(
     return f"{text}{which}{_listed(spans, len(both), ', ')}."
 
 
-def _counted(lowered: int, total: int) -> str:
+def _counted(lowered: int, total: int, trainings: int) -> str:
+    """`total` of all `trainings` are compared."""
+    what = (
+        f"{total} trainings"
+        if total == trainings
+        else f"the {total} trainings that were compared, of {trainings}"
+    )
     if lowered == 0:
         return "did not measurably lower the refusal rate" + (
-            f" in any of {total} trainings" if total > 1 else ""
+            f" in any of {what}" if total > 1 else ""
         )
     how = (
         ""
         if total == 1
-        else f" in all {total} trainings"
+        else f" in all {what.removeprefix('the ')}"
         if lowered == total
-        else f" in {lowered} of {total} trainings"
+        else f" in {lowered} of {what}"
     )
     return f"lowered the refusal rate{how}"
 
@@ -127,15 +135,12 @@ def _projection(
     projected = [trio for trio in sizes if trio.shipped is not None]
     if not projected:
         return "No projected point has finished, so the effect of projection is not known."
-    holding = [trio for trio in projected if trio.holds]
-    surely = sum(
-        refusals[trio.model].states["shipped"].interval[0] >= study.refusal_floor
-        for trio in holding
-    )
+    meeting = sum(trio.meets for trio in projected)
+    holding = sum(trio.holds for trio in projected)
     parts = [
         _shipped(trio, refusals[trio.model], usefulness.get(trio.model)) for trio in _few(projected)
     ]
-    floor = _holding(len(holding), surely, len(projected), percent(study.refusal_floor))
+    floor = _holding(meeting, holding, len(projected), percent(study.refusal_floor))
     without = _without(study, done, [trio.model for trio in projected])
     return f"{floor}: {_listed(parts, len(projected), '; ')}{without}."
 
@@ -156,18 +161,18 @@ def _without(study: Study, done: Sequence[Result], models: Sequence[str]) -> str
     if refusal is None or not found:
         return ""
     parts = [
-        f"{each.point.model} refuses {_rate(each.metrics[refusal])}"
+        f"{each.result.point.model} refuses {_rate(each.result.metrics[refusal])}"
         + (
             ""
             if useful is None
-            else f" at a {metric_label(useful)} of {_rate(each.metrics[useful])}"
+            else f" at a {metric_label(useful)} of {_rate(each.result.metrics[useful])}"
         )
         for each in _few(found)
     ]
     which = (
-        "a point holds the floor and is"
+        "a point meets the floor and is"
         if len(models) == 1
-        else f"a point of {len(found)} of {len(models)} sizes holds the floor and is"
+        else f"a point of {len(found)} of {len(models)} sizes meets the floor and is"
     )
     return (
         f"; without projection {which} the one that `ebbline pick` names: "
@@ -175,41 +180,33 @@ def _without(study: Study, done: Sequence[Result], models: Sequence[str]) -> str
     )
 
 
-def _holding(holding: int, surely: int, sizes: int, floor: str) -> str:
-    """How many models hold the floor, and how many of them with their whole interval."""
-    if not holding:
+def _holding(meeting: int, holding: int, sizes: int, floor: str) -> str:
+    """How many models have a candidate for the floor, and how many a confirmed setting."""
+    if not meeting:
         return (
             f"With projection no point{'' if sizes == 1 else ' of any size'} reaches the "
             f"refusal floor of {floor}"
         )
     which = (
-        "a point holds"
+        "a point meets"
         if sizes == 1
         else (
-            f"a point of {'every size' if holding == sizes else f'{holding} of {sizes} sizes'} "
-            "holds"
+            f"a point of {'every size' if meeting == sizes else f'{meeting} of {sizes} sizes'} "
+            "meets"
         )
     )
-    if surely == holding:
-        sure = (
-            "its whole interval at or above it"
-            if holding == 1
-            else "the whole interval of each at or above it"
-        )
-    elif not surely:
-        sure = (
-            "though not surely, as its interval reaches below it"
-            if holding == 1
-            else "though none surely, as all intervals reach below it"
-        )
+    if not holding:
+        sure = "as a candidate: not confirmed" if meeting == 1 else "as candidates: none confirmed"
+    elif holding == meeting:
+        sure = "confirmed to hold" if meeting == 1 else "each confirmed to hold"
     else:
-        sure = f"{surely} of {holding} with the whole interval at or above it"
+        sure = f"{holding} of {meeting} confirmed to hold"
     return f"With projection {which} the refusal floor of {floor}, {sure}"
 
 
 def _shipped(trio: Trio, refusal: Line, useful: Line | None) -> str:
     text = (
-        f"{trio.model} {'refuses' if trio.holds else 'comes nearest with'} "
+        f"{trio.model} {'refuses' if trio.meets else 'comes nearest with'} "
         f"{_rate(refusal.states['shipped'])}"
     )
     change = refusal.changes.get("projection")

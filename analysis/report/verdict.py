@@ -17,9 +17,11 @@ from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
 
 STATES: dict[State, str] = {"aligned": "aligned", "tuned": "fine-tuned", "shipped": "projected"}
+# Of a study with several defences, whose points Safe LoRA alone did not change
+SEVERAL: dict[State, str] = {**STATES, "shipped": "defended"}
 NO_CONTROL = (
     "No control was measured, so whether a change of the adapters without regard to alignment "
-    "would do as much is not known."
+    "would do as much is not known. `controls: true` in the study measures some."
 )
 
 
@@ -27,6 +29,7 @@ def verdict(study: Study, results: Sequence[Result], lines: Sequence[Line]) -> s
     """One sentence on the points of `answer_cells`; empty when no model has refusals to compare."""
     refusals, useful = _lines(lines, refusal_metric(study)), usefulness_metric(study)
     tuned, raised = _moves(refusals, "fine-tuning"), _moves(refusals, "projection")
+    what = "a defence" if study.defences else "projection"
     if not tuned and not raised:
         return ""
     parts = [
@@ -44,20 +47,29 @@ def verdict(study: Study, results: Sequence[Result], lines: Sequence[Line]) -> s
             _at(
                 raised,
                 "higher",
-                "projection raised them",
-                "projection did not measurably raise them",
+                f"{what} raised them",
+                f"{what} did not measurably raise them",
             )
         )
     if projected:
         floor = f"the floor of {percent(study.refusal_floor)}"
         parts.append(
             _count(
-                sum(trio.holds for trio in projected),
+                sum(trio.meets for trio in projected),
                 len(projected),
-                f"{floor} was reached",
+                f"{floor} has a candidate",
                 f"{floor} was not reached",
             )
         )
+        if any(trio.meets for trio in projected):
+            parts.append(
+                _count(
+                    sum(trio.holds for trio in projected),
+                    len(projected),
+                    "it is confirmed to hold",
+                    "it is not confirmed to hold",
+                )
+            )
     cost = _moves(_lines(lines, useful), "projection")
     if useful is not None and cost:
         label = metric_label(useful)
@@ -65,8 +77,8 @@ def verdict(study: Study, results: Sequence[Result], lines: Sequence[Line]) -> s
             _at(
                 cost,
                 "lower",
-                f"projection lowered {label}",
-                f"projection did not measurably lower {label}",
+                f"{what} lowered {label}",
+                f"{what} did not measurably lower {label}",
             )
         )
     text = "; ".join(parts)
@@ -80,7 +92,7 @@ def answer_cells(study: Study, results: Sequence[Result], lines: Sequence[Line])
     rows = []
     for trio in trios(study, results):
         numbers = {"tuned": trio.tuned, "shipped": trio.shipped}
-        for state, label in STATES.items():
+        for state, label in (SEVERAL if study.defences else STATES).items():
             states = [
                 found[trio.model, name].states for name in names if (trio.model, name) in found
             ]
@@ -104,31 +116,25 @@ def shown_effects(
 ) -> list[tuple[str, str]]:
     """(effect, how far this study shows it), for the effects that a hypothesis can be about."""
     refusals, useful = _lines(lines, refusal_metric(study)), usefulness_metric(study)
+    what, adjective = ("A defence", "defended") if study.defences else ("Projection", "projected")
     found = [
         ("Fine-tuning lowers refusals", _shown(_moves(refusals, "fine-tuning"), "lower")),
-        ("Projection brings refusals back", _shown(_moves(refusals, "projection"), "higher")),
+        (f"{what} brings refusals back", _shown(_moves(refusals, "projection"), "higher")),
     ]
     if useful is not None:
         own, label = _lines(lines, useful), metric_label(useful)
         found += [
             (f"Fine-tuning changes {label}", _shown(_moves(own, "fine-tuning"), None)),
-            (f"Projection lowers {label}", _shown(_moves(own, "projection"), "lower")),
+            (f"{what} lowers {label}", _shown(_moves(own, "projection"), "lower")),
             (
-                f"After projection, {label} is still above the aligned model's",
+                f"After {what[0].lower()}{what[1:]}, {label} is still above the aligned model's",
                 _shown(_moves(own, "both"), "higher"),
             ),
         ]
-    surely = [
-        line.states["shipped"].interval[0] >= study.refusal_floor
-        for line in refusals
-        if "shipped" in line.states
-    ]
+    holds = [trio.holds for trio in trios(study, results) if trio.shipped is not None]
     floor = percent(study.refusal_floor)
     found.append(
-        (
-            f"A projected point refuses at least {floor}, with its whole interval",
-            _of(sum(surely), len(surely)),
-        )
+        (f"A {adjective} setting refuses at least {floor}, confirmed", _of(sum(holds), len(holds)))
     )
     return found
 

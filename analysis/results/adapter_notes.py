@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ebbline.analysis.results.frontier import finished
+from ebbline.analysis.results.frontier import shortlist
 from ebbline.sweeps.study.points import Result, keys_of
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.measuring.completions import adapter_changes_nothing, unused_beside_adapter
@@ -15,9 +15,11 @@ from ebbline.tasks.specs import EvaluateSpec, GenerateSpec
 
 
 def adapter_notes(view: StudyView, results: Sequence[Result]) -> list[str]:
-    """A sentence for each finding, with the points that it concerns."""
+    """A sentence for each finding, with the points that it concerns. Of many points, those of the
+    shortlist are read.
+    """
     points: dict[str, dict[int, None]] = defaultdict(dict)
-    for result in finished(results):
+    for result in shortlist(results, view.study.objectives):
         for record in _records(view, result):
             if adapter_changes_nothing(record):
                 points[

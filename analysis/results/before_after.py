@@ -2,8 +2,8 @@
 changes.
 
 Invariants: the projected point comes from the training of the fine-tuned point, so the two differ
-by projection alone. The comparisons of one metric are reported together, so their p-values are
-corrected together.
+by projection alone. All comparisons of a study's models, metrics and steps are one family: their
+p-values are corrected together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +26,7 @@ from ebbline.analysis.results.measurements import (
     refusal_metric,
     unprojected,
 )
+from ebbline.analysis.results.picks.floors import Standing
 from ebbline.analysis.results.statistics import SHARES
 from ebbline.analysis.results.tables import in_points, metric_cell
 from ebbline.analysis.results.wording import directed_label, natural
@@ -54,13 +55,25 @@ class Trio:
     """The three states of one model; a state is None where no point has it.
 
     `tuned` is the training without projection. `shipped` is the projected point that the answer
-    picks, or the one nearest to the refusal floor; `holds` tells whether it holds that floor.
+    picks, or the one nearest to the refusal floor; `standing` tells how its setting stands to that
+    floor, and `among` from how many different points it was chosen.
     """
 
     model: str
     tuned: Result | None
     shipped: Result | None
-    holds: bool
+    standing: Standing
+    among: int = 0
+
+    @property
+    def meets(self) -> bool:
+        """Whether the values meet the floor: a candidate, or a confirmed point."""
+        return self.shipped is not None and self.standing != "missed"
+
+    @property
+    def holds(self) -> bool:
+        """Whether `ebbline confirm` has shown that the setting holds the floor."""
+        return self.shipped is not None and self.standing == "holds"
 
 
 @dataclass(frozen=True)
@@ -86,9 +99,11 @@ def trios(study: Study, results: Sequence[Result]) -> list[Trio]:
         if picked is None:
             plain = unprojected(own).values()
             first = min(plain, key=lambda result: result.number, default=None)
-            found.append(Trio(model, first, None, False))
+            found.append(Trio(model, first, None, "missed"))
         else:
-            found.append(Trio(model, partners(own).get(without_defence(picked[0].point)), *picked))
+            best = picked.result
+            tuned = partners(own).get(without_defence(best.point))
+            found.append(Trio(model, tuned, best, picked.standing, picked.among))
     return found
 
 
@@ -115,35 +130,33 @@ def before_after(
     A metric without a measurement is omitted.
     """
     sizes = trios(study, results)
-    return [
-        line
-        for name in reported_metrics(study)
-        for line in _lines(name, sizes, baselines, evidence)
-    ]
-
-
-def _lines(
-    name: str, sizes: Sequence[Trio], baselines: Baselines, evidence: Evidence
-) -> list[Line]:
     found = [
-        (trio.model, states)
+        (trio.model, name, states)
+        for name in reported_metrics(study)
         for trio in sizes
         if (states := _states(trio, name, baselines, evidence))
     ]
     pairs = [
-        (model, step, _paired_once(states[before], states[after], before))
-        for model, states in found
+        ((model, name), step, _paired_once(states[before], states[after], before))
+        for model, name, states in found
         for step, (before, after) in STEPS.items()
         if before in states and after in states
     ]
-    changes: dict[str, dict[Step, Comparison]] = {model: {} for model, _ in found}
-    for (model, step, _), comparison in zip(
+    changes: dict[tuple[str, str], dict[Step, Comparison]] = {
+        (model, name): {} for model, name, _ in found
+    }
+    for (place, step, _), comparison in zip(
         pairs, compared([pair for _, _, pair in pairs]), strict=True
     ):
-        changes[model][step] = comparison
+        changes[place][step] = comparison
     return [
-        Line(model, name, {state: side.metric for state, side in states.items()}, changes[model])
-        for model, states in found
+        Line(
+            model,
+            name,
+            {state: side.metric for state, side in states.items()},
+            changes[model, name],
+        )
+        for model, name, states in found
     ]
 
 
@@ -155,7 +168,7 @@ def _states(
     aligned = baselines.get(trio.model, {}).get(name)
     if aligned is not None:
         found["aligned"] = Measurement(
-            aligned, evidence.samples(trio.model, suite) if metric in SHARES else {}
+            aligned, evidence.samples(trio.model, suite) if metric in SHARES else {}, fixed=True
         )
     if trio.tuned is not None and name in trio.tuned.metrics:
         found["tuned"] = measurement(trio.tuned, name, evidence)
@@ -170,7 +183,7 @@ def _paired_once(
     """The pair, with the single measurement of an aligned model repeated for each seed."""
     once = list(before.replicates.values())
     if state == "aligned" and once:
-        before = Measurement(before.metric, dict.fromkeys(after.replicates, once[0]))
+        before = Measurement(before.metric, dict.fromkeys(after.replicates, once[0]), fixed=True)
     return before, after
 
 
@@ -198,10 +211,14 @@ def before_after_cells(lines: Sequence[Line]) -> list[tuple[str, pd.DataFrame]]:
 
 
 def change_label(change: Comparison) -> str:
-    """`-86.0 [-90.1, -81.2], lower`; ends in "(unpaired)" where no prompts could be paired."""
+    """`-86.0 [-90.1, -81.2], lower`; ends in "(unpaired)" where no prompts could be paired, and in
+    "(setting, 3 seeds)" where the verdict is about the setting.
+    """
     low, high = change.interval
     unpaired = "" if change.paired is not None else " (unpaired)"
+    between = change.between
+    about = "" if between is None else f" (setting, {between.seeds} seeds)"
     return (
         f"{in_points(change.difference)} [{in_points(low)}, {in_points(high)}], "
-        f"{change.move}{unpaired}"
+        f"{change.move}{unpaired}{about}"
     )

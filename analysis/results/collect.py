@@ -5,38 +5,57 @@ up in the store.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ebbline.analysis.results.frontier import finished
+from ebbline.analysis.results.defended.beside import defended
+from ebbline.analysis.results.defended.labels import defence_label
+from ebbline.analysis.results.defended.modules import (
+    ModuleEffect,
+    ModuleEffects,
+    of_file,
+    of_projection,
+)
+from ebbline.analysis.results.frontier import finished, shortlist
 from ebbline.analysis.results.measurements import Subject, operating_point, refusal_metric
+from ebbline.analysis.results.picks.confirmed import with_confirmations
 from ebbline.analysis.results.statistics import Agreement, SamplesBySeed, pooled_agreement
 from ebbline.analysis.results.wording import natural, settings_label
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.cluster.store.resolver import Resolver
+from ebbline.sweeps.drive.confirming import confirming_view
 from ebbline.sweeps.state.outcome import costs_of, lasting_results, metrics_of, results_of
 from ebbline.sweeps.state.result_cache import ResultCache
 from ebbline.sweeps.state.spending import Spent, read_spent
 from ebbline.sweeps.state.trials import Entry, Reader, read
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.points import Result, keys_of
-from ebbline.sweeps.study.stages import stages_or_reason
+from ebbline.sweeps.study.points import Result, defence_of, keys_of
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import scorers_of
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.defences.gate import ProjectedRows, projected_rows
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.measuring.metrics import METRICS, SAMPLES, Metric, read_metrics, read_samples
-from ebbline.tasks.specs import GenerateSpec, ScoreSpec
-from ebbline.tasks.stage import Stage, closure
+from ebbline.tasks.specs import DefendSpec, GenerateSpec, ScoreSpec
+from ebbline.tasks.stage import Stage
 
 
 def collect(view: StudyView) -> list[Result]:
     """All points proposed so far, in that order: done, failed, invalid, running or skipped.
 
-    A failed point and an invalid one have a reason.
+    A failed point and an invalid one have a reason. A point that `ebbline confirm` has measured
+    again has that, too.
     """
+    results = _collected(view)
+    confirming = confirming_view(view)
+    if confirming is None:
+        return results
+    return with_confirmations(results, view.study, confirming.study, _collected(confirming))
+
+
+def _collected(view: StudyView) -> list[Result]:
     entries, _ = read(view.study, view.database)
     results = results_of(
         view.study, entries, view.graph, Resolver(view.home.store), _cached(view, entries)
@@ -94,34 +113,74 @@ class Follower:
 def projections(
     study: Study, results: Sequence[Result], home: Home
 ) -> dict[str, dict[str, ProjectedRows]]:
-    """Model -> label -> the projected modules of one adapter.
+    """Model -> label -> the modules of one adapter that Safe LoRA projected.
 
     The operating point comes first, if there is one. A point with several seeds shows its first.
+    Of many points, those of the shortlist are read.
     """
     refusal, found = refusal_metric(study), dict[str, dict[str, ProjectedRows]]()
-    for model in sorted({result.point.model for result in finished(results)}, key=natural):
-        own = [result for result in finished(results) if result.point.model == model]
+    listed = shortlist(results, study.objectives)
+    by_model: dict[str, list[Result]] = defaultdict(list)
+    for result in finished(results):
+        if defence_of(result.point) is SAFE_LORA:
+            by_model[result.point.model].append(result)
+    for model in sorted(by_model, key=natural):
+        own = by_model[model]
         picked = operating_point(study, own, refusal) if refusal is not None else None
-        first = own[0] if picked is None else picked[0]
+        first = own[0] if picked is None else picked.result
         shown: dict[str, ProjectedRows] = {}
         seen: set[str] = set()
-        for result in [first, *own]:
-            measured, projected = (
-                home.store.open(kind, result.keys[f"{kind}[seed={study.seeds[0]}]"])
-                for kind in (DEFENCE.measures.KIND, DEFENCE.makes.KIND)
-            )
-            if measured.key not in seen:
-                seen.add(measured.key)
+        shortest = [
+            each
+            for each in listed
+            if each.point.model == model and defence_of(each.point) is SAFE_LORA
+        ]
+        for result in [first, *shortest]:
+            keys = {
+                kind: result.keys[f"{kind}[seed={study.seeds[0]}]"]
+                for kind in (SAFE_LORA.measures.KIND, SAFE_LORA.makes.KIND)
+            }
+            if keys[SAFE_LORA.measures.KIND] not in seen:
+                seen.add(keys[SAFE_LORA.measures.KIND])
+                measured, projected = (home.store.open(*item) for item in keys.items())
                 label = f"point {result.number} ({settings_label(result.point)})"
                 shown[label] = projected_rows(measured.file, projected.file)
         found[model] = shown
     return found
 
 
+def module_effects(study: Study, results: Sequence[Result], home: Home) -> ModuleEffects:
+    """What each defence did to the modules at its operating point, of a point's first seed. Empty
+    for a study of Safe LoRA alone without controls, whose figures show it.
+    """
+    refusal, found = refusal_metric(study), dict[str, dict[str, ModuleEffect]]()
+    if refusal is None or (not study.defences and not study.used_controls.settings):
+        return found
+    for model in sorted({result.point.model for result in finished(results)}, key=natural):
+        for name, own in defended(results, model).items():
+            picked = operating_point(study, own, refusal)
+            if picked is None:
+                continue
+            point = picked.result
+            defence, seed = defence_of(point.point), study.seeds[0]
+            measured, made = (
+                home.store.open(kind, point.keys[f"{kind}[seed={seed}]"])
+                for kind in (defence.measures.KIND, defence.makes.KIND)
+            )
+            found[f"{model}, {defence_label(name)}, point {point.number}"] = (
+                of_projection(projected_rows(measured.file, made.file))
+                if defence is SAFE_LORA
+                else of_file(made.file(DefendSpec.EFFECTS))
+            )
+    return found
+
+
 @dataclass(frozen=True)
 class SuitePrompts:
     """A suite's prompts: the file's format, its rows, how many were asked, and its digest.
-    `repeats` counts the rows that repeat the prompt of an earlier row, which is asked once.
+    `repeats` counts the rows that repeat the prompt of an earlier row, which is asked once. `chat`
+    is the sha256 of the chat template that the prompts were rendered with; empty where an earlier
+    version measured them.
     """
 
     format: str
@@ -129,6 +188,7 @@ class SuitePrompts:
     asked: int
     sha256: str
     repeats: int = 0
+    chat: str = ""
 
     def __str__(self) -> str:
         repeats = f" ({self.repeats} repeat an earlier prompt)" if self.repeats else ""
@@ -150,6 +210,7 @@ def prompt_sets(view: StudyView) -> dict[str, SuitePrompts]:
                     record["asked"],
                     record["sha256"],
                     record.get("repeats", 0),
+                    record.get("chat", {}).get("sha256", ""),
                 )
     return found
 
@@ -160,15 +221,17 @@ def costs_before(view: StudyView) -> dict[str, Cost]:
     return costs_of(stages, Resolver(view.home.store))
 
 
-def artifacts_behind(view: StudyView, results: Sequence[Result]) -> list[Artifact]:
-    """The artifacts in the store that the results and the aligned models depend on, once each."""
-    graph, resolver = view.graph, Resolver(view.home.store)
-    stages = [stage for suites in graph.baselines().values() for stage in suites.values()]
-    stages += [
-        stage for result in results for stage in stages_or_reason(graph, result.point)[0].values()
-    ]
-    found = (resolver.artifact(stage) for stage in closure(stages))
-    return list({artifact.key: artifact for artifact in found if artifact is not None}.values())
+def keys_before(view: StudyView) -> dict[str, dict[str, str]]:
+    """Model -> suite -> the key of the stage that measured the model before fine-tuning."""
+    resolver = Resolver(view.home.store)
+    return {
+        model: {
+            suite: artifact.key
+            for suite, stage in suites.items()
+            if (artifact := resolver.artifact(stage)) is not None
+        }
+        for model, suites in view.graph.baselines().items()
+    }
 
 
 def baselines(view: StudyView) -> dict[str, dict[str, Metric]]:

@@ -26,9 +26,9 @@ from ebbline.analysis.results.measurements import (
 from ebbline.analysis.results.picks.floors import Floor, Pick, pick
 from ebbline.analysis.results.statistics import SHARES
 from ebbline.analysis.results.wording import natural
-from ebbline.sweeps.study.points import Point, Result, Value, brought, distinct
+from ebbline.sweeps.study.points import Point, Result, Value, brought, defence_of, distinct
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.in_use import AXIS, NONE, owns
 from ebbline.tasks.measuring.metrics import direction
 
 RESAMPLES = 1000
@@ -55,13 +55,21 @@ class Volumes:
     """The hypervolumes of two frontiers, and a 95% bootstrap interval of their difference.
 
     The bootstrap is over prompts. `paired` tells that both studies have the same prompts and were
-    resampled together. The interval is None where samples are missing.
+    resampled together. The interval is None where samples are missing. `points` counts the
+    different points behind each: a frontier of more noisy points reaches further, so unequal counts
+    support no verdict.
     """
 
     before: float
     after: float
     interval: tuple[float, float] | None = None
     paired: bool = False
+    points: tuple[int, int] = (0, 0)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether a difference may be called larger or smaller."""
+        return self.points[0] == self.points[1]
 
     @property
     def difference(self) -> float:
@@ -215,12 +223,20 @@ def _settings(study: Study, point: Point, axes: Sequence[str]) -> tuple[Value, .
     given = brought(point) is not None  # its training has no setting of the study
     found = []
     for axis in axes:
-        fixed = None if given and not DEFENCE.owns(axis) else study.fixed(point.model, axis)
-        value = values.get(axis, fixed)
+        fixed = None if given and not owns(axis) else study.fixed(point.model, axis)
+        value = _defence(study, point) if axis == AXIS else values.get(axis, fixed)
         found.append(
             float(value) if isinstance(value, int) and not isinstance(value, bool) else value
         )
     return tuple(found)
+
+
+def _defence(study: Study, point: Point) -> str:
+    """The name of a point's defence. A study that names none has Safe LoRA, or no defence where its
+    knobs are off.
+    """
+    defence = defence_of(point)
+    return NONE if defence.is_off(study.knobs(defence, dict(point.values))) else defence.name
 
 
 def volumes(
@@ -236,13 +252,14 @@ def volumes(
     """
     sides = before.of(model), after.of(model)
     one, other = (frontier_hypervolume(own, objectives) for own in sides)
+    points = len(distinct(sides[0])), len(distinct(sides[1]))
     found = [
         _shares(own, objectives, side.evidence)
         for own, side in zip(sides, (before, after), strict=True)
     ]
     first, second = found
     if first is None or second is None:
-        return Volumes(one, other)
+        return Volumes(one, other, points=points)
     suites = {name: name.rpartition(".")[0] for name in objectives}
     paired = not any(suite in apart for suite in suites.values()) and all(
         first[name].ids == second[name].ids for name in objectives
@@ -280,7 +297,7 @@ def volumes(
             - drawn_volume(first, before_drawn, best=False)
         )
     interval = float(np.quantile(least, 0.025)), float(np.quantile(most, 0.975))
-    return Volumes(one, other, interval, paired)
+    return Volumes(one, other, interval, paired, points)
 
 
 @dataclass(frozen=True)

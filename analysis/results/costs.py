@@ -8,7 +8,7 @@ share    each stage's cost divided among the points that use it; the shares of a
 added    the cost of the stages that no earlier point uses
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,10 +61,15 @@ def point_costs(results: Sequence[Result]) -> dict[int, PointCost]:
     found: dict[int, PointCost] = {}
     for result in sorted(results, key=lambda result: result.number):
         if result.costs:
-            added = total(cost for key, cost in result.costs.items() if key not in seen)
-            share = total(cost.times(1 / users[key]) for key, cost in result.costs.items())
-            found[result.number] = PointCost(total(result.costs.values()), share, added)
-            seen |= set(result.costs)
+            alone, share, added = (dict[str | None, float]() for _ in range(3))
+            for key, cost in result.costs.items():
+                for name, seconds in cost.gpu_s.items():
+                    alone[name] = alone.get(name, 0.0) + seconds
+                    share[name] = share.get(name, 0.0) + seconds / users[key]
+                    if key not in seen:
+                        added[name] = added.get(name, 0.0) + seconds
+            found[result.number] = PointCost(Cost(alone), Cost(share), Cost(added))
+            seen.update(result.costs)
     return found
 
 
@@ -121,11 +126,10 @@ def gpu_hours_label(gpu_hours: float, usd: float | None, hours: str = "GPU-hours
 def cost_rows(
     results: Sequence[Result],
     before: Mapping[str, Cost],
-    kinds: Mapping[str, str],
     spent: Spent,
     profile: Profile,
 ) -> dict[str, object]:
-    """The report's rows. `kinds` maps a key to its stage's kind."""
+    """The report's rows."""
     points, cost, everything = (
         point_costs(results).values(),
         study_cost(results, before, spent),
@@ -142,8 +146,11 @@ def cost_rows(
         rows["all points, each stage once"] = cost_label(cost.points, profile)
         rows["saved by sharing"] = cost_label(cost.saved, profile)
     rows["all stages, with those before fine-tuning"] = cost_label(cost.stages, profile)
-    for kind in sorted({kinds[key] for key in everything}):
-        own = [each for key, each in everything.items() if kinds[key] == kind]
+    by_kind: dict[str, list[Cost]] = defaultdict(list)
+    for each in everything.values():
+        if each.origin is not None:
+            by_kind[each.origin.kind].append(each)
+    for kind, own in sorted(by_kind.items()):
         if total(own).gpu_hours > 0:
             rows[f"{kind}, {len(own)} stages"] = cost_label(total(own), profile)
     rows["spent by this study's runs"] = cost_label(cost.spent, profile)

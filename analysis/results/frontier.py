@@ -4,10 +4,14 @@ Invariants: only finished results count. NaN is an error, never the worst value.
 equal values are both on the front or both off it. A hypervolume lies in [0, 1] (see
 ebbline.sweeps.dominance).
 
+A report reads metrics, costs and origins of all points. Samples, notes on adapters and cosines are
+files of each point: of more than MOST_READ points, those of the shortlist are read.
+
 Arrays: `values_NM` has N results and M objectives.
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +21,9 @@ from ebbline.sweeps import dominance
 from ebbline.sweeps.study.points import Result, distinct
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.metrics import Direction, direction
+
+MOST_READ = 200
+T = TypeVar("T")
 
 
 def front(values_NM: NDArray[np.float64], directions: Sequence[Direction]) -> NDArray[np.bool_]:
@@ -87,6 +94,40 @@ def objective_values(results: Sequence[Result], objectives: Sequence[str]) -> ND
             )
     rows = [[result.metrics[name].value for name in objectives] for result in results]
     return np.array(rows, dtype=np.float64).reshape(len(results), len(objectives))
+
+
+def evenly(items: Sequence[T], most: int = MOST_READ) -> list[T]:
+    """At most this number of items, evenly over all of them: those that a count of outcomes reads
+    of many.
+    """
+    step = max(1.0, len(items) / most)
+    return [items[int(place * step)] for place in range(min(most, len(items)))]
+
+
+def shortlist(results: Sequence[Result], objectives: Sequence[str]) -> list[Result]:
+    """The finished results whose files a report reads for tables and curves, by number: all, or
+    MOST_READ of them, those on a frontier first, then others evenly over the study.
+    """
+    done = finished(results)
+    if len(done) <= MOST_READ:
+        return done
+    fronts = frontier_by_model(done, objectives).values()
+    order = dict.fromkeys(each.number for found in fronts for each in found)
+    order |= dict.fromkeys(result.number for result in evenly(done))
+    chosen = set(list(order)[:MOST_READ])
+    return [result for result in done if result.number in chosen]
+
+
+def shortlist_note(results: Sequence[Result]) -> str:
+    """A sentence for the report; empty where every point is read."""
+    count = len(finished(results))
+    if count <= MOST_READ:
+        return ""
+    return (
+        f"Of the {count} finished points, {MOST_READ} are in categories.csv, in the notes on "
+        "adapters and in the curves of what was projected: those on a frontier first, then others "
+        "evenly over the study. All other numbers cover every point."
+    )
 
 
 def _check(values_NM: NDArray[np.float64], directions: Sequence[Direction]) -> None:

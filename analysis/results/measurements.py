@@ -3,14 +3,22 @@
 Invariant: "higher" and "lower" need a paired test on the same prompts. Where samples are missing,
 they need 95% intervals that do not overlap. Every other pair is "not distinguishable". Undecided
 samples count against both words: each holds whatever those samples were.
+
+Invariant: with three seeds or more the words are about a setting, and need the test over the seeds
+as well. With fewer they are about the adapters that were measured.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
-from ebbline.analysis.results.picks.floors import Floor, pick
+from ebbline.analysis.results.claims.between_seeds import (
+    BetweenSeeds,
+    over_paired_seeds,
+    over_separate_seeds,
+)
+from ebbline.analysis.results.picks.floors import Floor, Pick, pick
 from ebbline.analysis.results.statistics import (
     SHARES,
     Agreement,
@@ -35,7 +43,6 @@ Baselines = Mapping[str, Mapping[str, Metric]]
 
 Move = Literal["higher", "lower", "not distinguishable"]
 
-USEFULNESS = ("task_accuracy", "rouge_l", "acc_norm", "acc")
 LEVEL = 0.05
 
 Subject = Result | str
@@ -73,20 +80,27 @@ class Measurement:
     """A metric and its samples.
 
     `replicates` is empty where samples are missing, or where the metric is not a share of them.
+    With `fixed` it is no training of the study: a model before fine-tuning, equal for all seeds.
     """
 
     metric: Metric
     replicates: SamplesBySeed = field(default_factory=dict)
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two metrics and the verdict on the second; `paired` is None where the intervals decided."""
+    """Two metrics and the verdict on the second; `paired` is None where the intervals decided.
+
+    `between` is the difference over training seeds; None where too few seeds support a verdict
+    about the setting.
+    """
 
     before: Metric
     after: Metric
     move: Move
     paired: Paired | None = None
+    between: BetweenSeeds | None = None
 
     @property
     def difference(self) -> float:
@@ -99,14 +113,23 @@ class Comparison:
     def interval(self) -> tuple[float, float]:
         """The 95% interval of the difference.
 
-        It is a bootstrap over prompts where paired, else derived from the two intervals as for
-        independent samples.
+        Over prompts it is a bootstrap where paired, else derived from the two intervals as for
+        independent samples. Over seeds it is a t interval. Where both are known this is the wider
+        end of each.
         """
-        return (
+        low, high = (
             difference_interval(self.before, self.after)
             if self.paired is None
             else self.paired.interval
         )
+        if self.between is not None:
+            low, high = min(low, self.between.interval[0]), max(high, self.between.interval[1])
+        return low, high
+
+    @property
+    def is_about_setting(self) -> bool:
+        """Whether the verdict is about the setting, rather than about the measured adapters."""
+        return self.between is not None
 
 
 def measurement(result: Result, name: str, evidence: Evidence) -> Measurement:
@@ -142,7 +165,10 @@ def pairs_with_aligned(
     once = list(evidence.samples(model, suite).values()) if metric in SHARES else []
     after = [measurement(result, name, evidence) for result in results]
     return [
-        (Measurement(aligned, dict.fromkeys(each.replicates, once[0]) if once else {}), each)
+        (
+            Measurement(aligned, dict.fromkeys(each.replicates, once[0]) if once else {}, True),
+            each,
+        )
         for each in after
     ]
 
@@ -151,8 +177,9 @@ def compared(pairs: Sequence[tuple[Measurement, Measurement]]) -> list[Compariso
     """Each pair's second measurement compared with its first.
 
     The pairs must be all that one sentence reports, since their p-values are corrected together. A
-    paired difference counts when its 95% interval excludes 0 and its corrected p-value is below
-    0.05.
+    difference counts when its 95% interval excludes 0 and its corrected p-value is below 0.05. The
+    p-value is the larger one of the paired test over prompts and of the t test over seeds, as far
+    as there are samples and seeds for them.
     """
     tests = [
         paired_replicates(before.replicates, after.replicates, after.metric.direction)
@@ -160,20 +187,43 @@ def compared(pairs: Sequence[tuple[Measurement, Measurement]]) -> list[Compariso
         else None
         for before, after in pairs
     ]
-    p_values = iter(corrected([test.p_value for test in tests if test is not None]))
-    return [
-        Comparison(before.metric, after.metric, moved(before.metric, after.metric))
-        if test is None
-        else Comparison(before.metric, after.metric, _moved_in_pairs(test, next(p_values)), test)
-        for (before, after), test in zip(pairs, tests, strict=True)
+    between = [
+        over_seeds(before, after, test) for (before, after), test in zip(pairs, tests, strict=True)
     ]
+    largest = [
+        max(each.p_value for each in both if each is not None) if any(both) else None
+        for both in zip(tests, between, strict=True)
+    ]
+    p_values = iter(corrected([p_value for p_value in largest if p_value is not None]))
+    found = []
+    for (before, after), test, seeds, p_value in zip(pairs, tests, between, largest, strict=True):
+        one = Comparison(before.metric, after.metric, "not distinguishable", test, seeds)
+        if p_value is not None and next(p_values) >= LEVEL:
+            found.append(one)
+        else:
+            found.append(replace(one, move=_move_of(one)))
+    return found
 
 
-def _moved_in_pairs(test: Paired, p_value: float) -> Move:
-    low, high = test.interval
-    if p_value >= LEVEL or low <= 0 <= high:
-        return "not distinguishable"
-    return "higher" if low > 0 else "lower"
+def over_seeds(before: Measurement, after: Measurement, test: Paired | None) -> BetweenSeeds | None:
+    """The difference over training seeds; None where a side has too few.
+
+    It is paired where the test over prompts is, since both sides then have the same seeds.
+    """
+    if test is not None:
+        return over_paired_seeds(test.least_S, test.most_S)
+    first = (before.metric.value,) if before.fixed else before.metric.seeds
+    return over_separate_seeds(first, after.metric.seeds, before.fixed)
+
+
+def _move_of(found: Comparison) -> Move:
+    """The verdict by the interval of the difference; without a test over prompts also by the two
+    intervals, which must not overlap.
+    """
+    low, high = found.interval
+    move: Move = "higher" if low > 0 else "lower" if high < 0 else "not distinguishable"
+    apart = moved(found.before, found.after)
+    return move if found.paired is not None or move == apart else "not distinguishable"
 
 
 def moved(before: Metric, after: Metric) -> Move:
@@ -230,28 +280,28 @@ def refusal_metric(study: Study) -> str | None:
     return study.refusal_metric
 
 
-def operating_point(
-    study: Study, results: Sequence[Result], refusal: str
-) -> tuple[Result, bool] | None:
-    """The projected result to ship, and whether it holds the refusal floor.
+def operating_point(study: Study, results: Sequence[Result], refusal: str) -> Pick | None:
+    """The projected result to report, by the claim about its setting.
 
     It follows ebbline.analysis.results.picks.floors.pick, restricted to projected results:
     `ebbline pick` itself may name an unprojected one. None where nothing is projected.
     """
-    found = pick(
+    return pick(
         [r for r in results if is_projected(r)],
         [Floor(refusal, study.refusal_floor)],
         usefulness_metric(study),
+        claim="setting",
     )
-    return None if found is None else (found.result, found.holds)
 
 
-def better_unprojected(study: Study, results: Sequence[Result], refusal: str) -> Result | None:
-    """The pick among `results`, if it is unprojected and holds the refusal floor; else None."""
-    found = pick(results, [Floor(refusal, study.refusal_floor)], usefulness_metric(study))
-    return None if found is None or not found.holds or is_projected(found.result) else found.result
+def better_unprojected(study: Study, results: Sequence[Result], refusal: str) -> Pick | None:
+    """The pick among `results`, if it is unprojected and meets the refusal floor; else None."""
+    found = pick(
+        results, [Floor(refusal, study.refusal_floor)], usefulness_metric(study), claim="setting"
+    )
+    return None if found is None or not found.meets or is_projected(found.result) else found
 
 
 def usefulness_metric(study: Study) -> str | None:
     """The first objective that measures usefulness; None if no objective does."""
-    return next((name for name in study.objectives if name.rpartition(".")[2] in USEFULNESS), None)
+    return study.usefulness_metric

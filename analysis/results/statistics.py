@@ -13,7 +13,7 @@ undecided samples were as bad, or as good, for a gain as they can be.
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -28,7 +28,15 @@ from ebbline.tasks.measuring.scorers import agreement
 SamplesBySeed = Mapping[int, Sequence[Sample]]
 """Training seed -> the samples measured with it."""
 
-SHARES = ("refusal_rate", "over_refusal_rate", "task_accuracy", "acc")
+SHARES = (
+    "refusal_rate",
+    "over_refusal_rate",
+    "harm_top_rate",
+    "task_accuracy",
+    "exact_match",
+    "prompt_level_strict_acc",
+    "acc",
+)
 """The metrics that are a share of successful samples; samples do not determine the others."""
 
 RESAMPLES = 9999
@@ -44,6 +52,7 @@ class Paired:
     is two-sided and uncorrected. `undecided` counts the samples of both sides that a scorer could
     not judge. The counts and the difference take them as a Metric's value does. The interval is
     the widest, and the p-value the largest, over all that the undecided samples may have been.
+    `least_S` and `most_S` are the gains of each seed, in the order of the seeds.
     """
 
     n: int
@@ -56,6 +65,8 @@ class Paired:
     interval: tuple[float, float]
     p_value: float
     undecided: int = 0
+    least_S: tuple[float, ...] = ()
+    most_S: tuple[float, ...] = ()
 
 
 def paired(
@@ -92,13 +103,14 @@ def paired_replicates(
             dtype=bool,
         )
 
-    def net(before_NS: NDArray[np.bool_], after_NS: NDArray[np.bool_]) -> NDArray[Any]:
-        gains_N: NDArray[Any] = after_NS.sum(axis=1) - before_NS.sum(axis=1)
-        return gains_N
+    def gains_NS(before_NS: NDArray[np.bool_], after_NS: NDArray[np.bool_]) -> NDArray[Any]:
+        found_NS: NDArray[Any] = after_NS.astype(np.int64) - before_NS.astype(np.int64)
+        return found_NS
 
     before_NS, after_NS = (successes_NS(side, way == "minimise") for side in (0, 1))
-    least_N = net(successes_NS(0, True), successes_NS(1, False))
-    most_N = net(successes_NS(0, False), successes_NS(1, True))
+    least_NS = gains_NS(successes_NS(0, True), successes_NS(1, False))
+    most_NS = gains_NS(successes_NS(0, False), successes_NS(1, True))
+    least_N, most_N = least_NS.sum(axis=1), most_NS.sum(axis=1)
     seeds = before_NS.shape[1]
     return Paired(
         n=before_NS.size,
@@ -107,16 +119,18 @@ def paired_replicates(
         only_before=int((before_NS & ~after_NS).sum()),
         only_after=int((~before_NS & after_NS).sum()),
         neither=int((~before_NS & ~after_NS).sum()),
-        difference=float(net(before_NS, after_NS).mean()) / seeds,
+        difference=float(gains_NS(before_NS, after_NS).mean()),
         interval=_widest_interval(least_N, most_N, seeds),
-        p_value=_p_value(least_N, most_N),
+        p_value=sign_test(least_N, most_N),
         undecided=sum(
             sample.undecided for side in sides for found in side for sample in found.values()
         ),
+        least_S=tuple(map(float, least_NS.mean(axis=0))),
+        most_S=tuple(map(float, most_NS.mean(axis=0))),
     )
 
 
-def _p_value(least_N: NDArray[Any], most_N: NDArray[Any]) -> float:
+def sign_test(least_N: NDArray[Any], most_N: NDArray[Any]) -> float:
     """The largest p-value of the exact sign test over what the undecided samples may have been.
 
     It is 1 where they may turn a gain into a loss.
@@ -265,11 +279,13 @@ class Agreement:
     """The verdicts of several scorers on the same completions.
 
     `counts[scorer][verdict]` also has the number of completions, under `n`. `pairs` has the
-    agreement of each two scorers.
+    agreement of each two scorers. `categories` has the same for the completions of each category;
+    it is empty for a set without categories.
     """
 
     counts: Mapping[str, Mapping[str, int]]
     pairs: tuple[PairAgreement, ...]
+    categories: Mapping[str, "Agreement"] = field(default_factory=dict)
 
 
 def pooled_agreement(stored: Sequence[Mapping[str, Any]]) -> Agreement:
@@ -302,4 +318,14 @@ def pooled_agreement(stored: Sequence[Mapping[str, Any]]) -> Agreement:
                 **agreement([left for left, _ in verdicts], [right for _, right in verdicts]),
             )
         )
-    return Agreement({scorer: dict(found) for scorer, found in counts.items()}, tuple(pairs))
+    names = {name for each in stored for name in each.get("categories", {})}
+    return Agreement(
+        {scorer: dict(found) for scorer, found in counts.items()},
+        tuple(pairs),
+        {
+            name: pooled_agreement(
+                [each["categories"][name] for each in stored if name in each.get("categories", {})]
+            )
+            for name in sorted(names)
+        },
+    )

@@ -5,7 +5,7 @@ Invariant: two runs of a study agree in every column but MEASURED_COLUMNS, howev
 killed and continued.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import pandas as pd
 
 from ebbline.analysis.results.columns import left_out_line, table_text
 from ebbline.analysis.results.costs import cost_columns
-from ebbline.analysis.results.frontier import finished, frontier, frontier_by_model
+from ebbline.analysis.results.frontier import finished, frontier, frontier_by_model, shortlist
 from ebbline.analysis.results.measurements import (
     Baselines,
     Evidence,
@@ -28,6 +28,8 @@ from ebbline.analysis.results.wording import (
     metric_label,
     natural,
     percent,
+    row_label,
+    spread_label,
     undecided_label,
 )
 from ebbline.cluster.profile import Profile
@@ -35,7 +37,9 @@ from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.adapters.branches import ADAPTER
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study, axis_fields
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.data.csv_rows import spreadsheet_cell
+from ebbline.tasks.defences.defence import SHARE_COLUMN
+from ebbline.tasks.defences.in_use import AXIS, DEFENCES, owns
 from ebbline.tasks.files import write_whole
 from ebbline.tasks.measuring.metrics import Metric
 
@@ -50,7 +54,15 @@ MEASURED_COLUMNS = (
 )
 NO_PRICES = Profile()
 ALIGNED = "aligned"
-VERDICTS = ("refused", "partial", "complied", "undecided", "incoherent")
+VERDICTS = (
+    "refused",
+    "partial",
+    "complied",
+    "harmful",
+    "harmless",
+    "undecided",
+    "incoherent",
+)
 
 
 def results_frame(
@@ -61,11 +73,41 @@ def results_frame(
     The last columns are the keys of its stages.
     """
     rows = sorted(results, key=lambda result: result.number)
-    overall = {result.number for result in frontier(rows, objectives)}
-    own = {
-        result.number for found in frontier_by_model(rows, objectives).values() for result in found
+    overall, own = _on_frontiers(rows, objectives)
+    columns = _settings_and_metrics(rows, rows, overall, own)
+    columns["seconds"] = _column([row.seconds for row in rows], "Float64")
+    columns |= {
+        name: _column(values, "Float64") for name, values in cost_columns(rows, profile).items()
     }
+    for stage in sorted({stage for row in rows for stage in row.keys}):
+        columns[stage] = _column([row.keys.get(stage) for row in rows], "string")
+    return pd.DataFrame(columns)
 
+
+def frontier_frame(results: Sequence[Result], objectives: Sequence[str]) -> pd.DataFrame:
+    """The rows of `results_frame` that are on a frontier, without costs and keys."""
+    rows = sorted(results, key=lambda each: each.number)
+    overall, own = _on_frontiers(rows, objectives)
+    kept = [row for row in rows if row.number in overall or row.number in own]
+    return pd.DataFrame(_settings_and_metrics(kept, rows, overall, own))
+
+
+def _on_frontiers(
+    rows: Sequence[Result], objectives: Sequence[str]
+) -> tuple[Collection[int], Collection[int]]:
+    """The numbers of the points on the frontier over all models, and on that of their own model."""
+    overall = {result.number for result in frontier(rows, objectives)}
+    by_model = frontier_by_model(rows, objectives).values()
+    return overall, {result.number for found in by_model for result in found}
+
+
+def _settings_and_metrics(
+    rows: Sequence[Result],
+    everything: Sequence[Result],
+    overall: Collection[int],
+    own: Collection[int],
+) -> dict[str, "pd.Series[Any]"]:
+    """The columns of `rows`, with all axes and metrics of `everything`."""
     columns: dict[str, pd.Series[Any]] = {
         "number": _column([row.number for row in rows], "Int64"),
         "point": _column([row.point.id for row in rows], "string"),
@@ -75,20 +117,14 @@ def results_frame(
         "same_as": _column([row.same_as for row in rows], "Int64"),
         "seeds": _column([seeds_of(row) or None for row in rows], "Int64"),
     }
-    for axis in axes_in(rows):
+    for axis in axes_in(everything):
         columns[axis] = _typed([dict(row.point.values).get(axis) for row in rows])
-    for name in metrics_in(rows):
+    for name in metrics_in(everything):
         columns |= _metric_columns(name, [row.metrics.get(name) for row in rows])
     columns["on_frontier"] = _column([row.number in overall for row in rows], "boolean")
     columns["on_model_frontier"] = _column([row.number in own for row in rows], "boolean")
-    columns[DEFENCE.words.share] = _column([row.changed_share for row in rows], "Float64")
-    columns["seconds"] = _column([row.seconds for row in rows], "Float64")
-    columns |= {
-        name: _column(values, "Float64") for name, values in cost_columns(rows, profile).items()
-    }
-    for stage in sorted({stage for row in rows for stage in row.keys}):
-        columns[stage] = _column([row.keys.get(stage) for row in rows], "string")
-    return pd.DataFrame(columns)
+    columns[SHARE_COLUMN] = _column([row.changed_share for row in rows], "Float64")
+    return columns
 
 
 def axes_in(results: Sequence[Result]) -> list[str]:
@@ -101,10 +137,11 @@ def metrics_in(results: Sequence[Result]) -> list[str]:
 
 def _metric_columns(name: str, metrics: Sequence[Metric | None]) -> dict[str, "pd.Series[Any]"]:
     """The value, its sampling error (interval, stderr), counts, and the spread between seeds."""
+    intervals = [m.interval if m else (None, None) for m in metrics]
     return {
         name: _column([m and m.value for m in metrics], "Float64"),
-        f"{name}_low": _column([m and m.interval[0] for m in metrics], "Float64"),
-        f"{name}_high": _column([m and m.interval[1] for m in metrics], "Float64"),
+        f"{name}_low": _column([low for low, _ in intervals], "Float64"),
+        f"{name}_high": _column([high for _, high in intervals], "Float64"),
         f"{name}_stderr": _column([m and m.stderr for m in metrics], "Float64"),
         f"{name}_n": _column([m and m.n for m in metrics], "Int64"),
         f"{name}_undecided": _column([m and m.undecided for m in metrics], "Int64"),
@@ -138,11 +175,11 @@ def write_tables(frame: pd.DataFrame, folder: Path) -> list[Path]:
         write_whole(folder / "results.parquet", lambda path: frame.to_parquet(path, index=False)),
         write_whole(
             folder / "results.csv",
-            lambda path: frame.to_csv(path, index=False, lineterminator="\n"),
+            lambda path: write_csv(frame, path),
         ),
         write_whole(
             folder / "frontier.csv",
-            lambda path: chosen.to_csv(path, index=False, lineterminator="\n"),
+            lambda path: write_csv(chosen, path),
         ),
     ]
 
@@ -152,7 +189,8 @@ def on_a_frontier(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def frontier_cells(frame: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
-    """The frontiers as cells of text: percent with 95% intervals.
+    """The frontiers as cells of text: percent with 95% intervals. The defences of a study that
+    names them have one column, "safe_lora 0.35".
 
     "*" marks a point on the frontier over all models. `metrics` are the full names of the metrics
     to show (default: all).
@@ -162,25 +200,33 @@ def frontier_cells(frame: pd.DataFrame, metrics: Sequence[str] | None = None) ->
         name.removesuffix("_seed_sd") for name in frame.columns if name.endswith("_seed_sd")
     ]
     metrics = measured if metrics is None else [name for name in metrics if name in measured]
-    axes = [name for name in frame.columns if name in {ADAPTER, *axis_fields()}]
+    several = AXIS in frame.columns
+    axes = [
+        name
+        for name in frame.columns
+        if name in {ADAPTER, *axis_fields()} and not (several and owns(name))
+    ]
     given = rows[ADAPTER].notna() if ADAPTER in axes else pd.Series(False, index=rows.index)
     cells = pd.DataFrame({"point": rows["number"].astype(str), "model": rows["model"].astype(str)})
     cells["overall"] = ["*" if on else "" for on in rows["on_frontier"]]
+    if several:
+        cells[AXIS] = [_defence_of_row(row) for row in rows.to_dict("records")]
     for axis in axes:
         cells[axis_label(axis)] = [
             axis_value_label(axis, None if pd.isna(value) else value, own)
             for value, own in zip(rows[axis], given, strict=True)
         ]
     cells["projected"] = [
-        "none" if pd.isna(share) or not share else f"{share:.0%}"
-        for share in rows[DEFENCE.words.share]
+        "none" if pd.isna(share) or not share else f"{share:.0%}" for share in rows[SHARE_COLUMN]
     ]
     for name in metrics:
-        columns = (name, f"{name}_low", f"{name}_high", f"{name}_undecided")
+        columns = (name, f"{name}_low", f"{name}_high", f"{name}_undecided", f"{name}_seed_sd")
         cells[metric_column(name)] = [
             ""
             if pd.isna(row[0])
-            else in_percent(*row[:3]) + undecided_label(int(row[3]), " (", ")")
+            else in_percent(*row[:3])
+            + ("" if pd.isna(row[4]) else f", seeds sd {100 * row[4]:.1f}")
+            + undecided_label(int(row[3]), " (", ")")
             for row in zip(*(rows[column] for column in columns), strict=True)
         ]
     return cells
@@ -192,13 +238,28 @@ def in_percent(value: float, low: float, high: float) -> str:
 
 
 def metric_cell(metric: Metric) -> str:
-    """A metric for a table's cell: "98.8 [96.4, 99.6] (3 undecided)"."""
-    return in_percent(metric.value, *metric.interval) + undecided_label(metric.undecided, " (", ")")
+    """A metric for a table's cell: "98.8 [96.4, 99.6], 3 seeds sd 9.1 (3 undecided)"."""
+    return (
+        in_percent(metric.value, *metric.interval)
+        + spread_label(metric, ", ")
+        + undecided_label(metric.undecided, " (", ")")
+    )
 
 
 def in_points(difference: float) -> str:
     """A difference of rates in percentage points, with its sign: "+12.3"."""
     return f"{round(100 * difference, 1) + 0.0:+.1f}"
+
+
+def _defence_of_row(row: Mapping[Hashable, Any]) -> str:
+    """The label of a row's defence, from its columns."""
+    defence = DEFENCES[row[AXIS]]
+    own = {
+        str(axis): value
+        for axis, value in row.items()
+        if defence.owns(str(axis)) and not pd.isna(value)
+    }
+    return row_label(defence.name, own)
 
 
 def frontier_text(
@@ -211,7 +272,8 @@ def frontier_text(
     cells = frontier_cells(frame)
     if cells.empty:
         return "No point has finished, so there is no frontier yet."
-    first = ["point", "model", "overall", *(metric_column(name) for name in objectives)]
+    named = [AXIS] if AXIS in cells.columns else []
+    first = ["point", "model", *named, "overall", *(metric_column(name) for name in objectives)]
     names = [*first, *(name for name in cells.columns if name not in first)]
     table, left_out = table_text(names, cells[names].to_numpy(dtype=str).tolist(), width)
     return "\n".join(
@@ -219,7 +281,8 @@ def frontier_text(
             table,
             *left_out_line(left_out),
             "",
-            "[low, high] is the 95% Wilson interval; * is on the frontier over all models.",
+            "[low, high] is the 95% interval over prompts (Wilson's of rates, normal of means); "
+            "* is on the frontier over all models.",
         ]
     )
 
@@ -232,7 +295,8 @@ def metric_column(name: str) -> str:
 def categories_frame(
     study: Study, results: Sequence[Result], baselines: Baselines, evidence: Evidence
 ) -> pd.DataFrame:
-    """A row for each category, suite and finished point, and for each aligned model ("aligned").
+    """A row for each category, suite and finished point, and for each aligned model ("aligned"). Of
+    many points, those of the shortlist have rows.
 
     Only suites whose metric is a share of samples count (see
     ebbline.analysis.results.statistics.SHARES). `point` is a point's id, `number` its number.
@@ -257,7 +321,7 @@ def categories_frame(
         (None, ALIGNED, model, model) for model in sorted(baselines, key=natural)
     ]
     points: list[tuple[int | None, str, str, Subject]] = [
-        (r.number, r.point.id, r.point.model, r) for r in finished(results)
+        (r.number, r.point.id, r.point.model, r) for r in shortlist(results, study.objectives)
     ]
     for number, point, model, subject in [*aligned, *points]:
         for suite, name in shares_of(study):
@@ -279,9 +343,13 @@ def categories_frame(
 
 def write_categories(frame: pd.DataFrame, folder: Path) -> Path:
     """categories.csv."""
-    return write_whole(
-        folder / "categories.csv", lambda path: frame.to_csv(path, index=False, lineterminator="\n")
-    )
+    return write_whole(folder / "categories.csv", lambda path: write_csv(frame, path))
+
+
+def write_csv(frame: pd.DataFrame, path: Path) -> None:
+    """A table as CSV whose texts no spreadsheet takes for formulas."""
+    cells = frame.map(lambda cell: spreadsheet_cell(cell) if isinstance(cell, str) else cell)
+    cells.to_csv(path, index=False, lineterminator="\n")
 
 
 def shares_of(study: Study) -> list[tuple[str, str]]:
@@ -306,7 +374,7 @@ def shipped(study: Study, results: Sequence[Result]) -> dict[str, Result]:
             study, [result for result in finished(results) if result.point.model == model], refusal
         )
         if picked is not None:
-            found[model] = picked[0]
+            found[model] = picked.result
     return found
 
 
@@ -345,8 +413,9 @@ def category_cells(
 
 def agreement_cells(
     study: Study, results: Sequence[Result], evidence: Evidence
-) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
-    """(caption, verdicts of each scorer, agreement of each two) for suites with several scorers.
+) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame, pd.DataFrame]]:
+    """(caption, verdicts of each scorer, agreement of each two, the same by category) for suites
+    with several scorers; the last is empty for a set without categories.
 
     There is one for each aligned model and one for its operating point.
     """
@@ -359,7 +428,17 @@ def agreement_cells(
             for suite in study.suites:
                 found = evidence.agreement(subject, suite)
                 if found is not None:
-                    yield f"{model}, {state}: {suite}", _verdicts(found), _pair_rows(found)
+                    caption = f"{model}, {state}: {suite}"
+                    yield caption, _verdicts(found), _pair_rows(found), _by_category(found)
+
+
+def _by_category(found: Agreement) -> pd.DataFrame:
+    parts = []
+    for category, own in found.categories.items():
+        rows = _pair_rows(own)
+        rows.insert(0, "category", category or "(none)")
+        parts.append(rows)
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def _verdicts(found: Agreement) -> pd.DataFrame:

@@ -3,14 +3,16 @@
 import os
 import platform
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from ebbline.sweeps.drive.live import AtWork
 from ebbline.sweeps.study.adapters.branches import ADAPTER
-from ebbline.sweeps.study.points import INVALID, Point, Status, Value
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.sweeps.study.points import INVALID, Point, Result, Status, Value, defence_of
+from ebbline.tasks.defences.in_use import AXIS, DEFENCES, owns
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.measuring.metrics import Metric, direction
+from ebbline.tasks.specs import LoxSpec
 
 METRIC_NAMES = {"rouge_l": "ROUGE-L", "acc_norm": "acc_norm"}  # as the field writes them
 NO_RESULT: tuple[Status, ...] = ("failed", "invalid", "skipped", "outdated")
@@ -30,8 +32,11 @@ def directed_label(name: str) -> str:
 
 
 def axis_label(axis: str) -> str:
-    """`train.rank` -> "rank"; the last parts of a study's axes are unique."""
-    return axis.rpartition(".")[2]
+    """`train.rank` -> "rank", `scale.factor` -> "scale factor". The labels of a study's axes are
+    unique: several defences, and LoX, may have a knob of one name.
+    """
+    part, _, name = axis.rpartition(".")
+    return f"{part} {name}" if part in DEFENCES or part == LoxSpec.KIND else name
 
 
 def value_label(value: Value) -> str:
@@ -45,14 +50,43 @@ def axis_value_label(axis: str, value: Value, is_brought: bool) -> str:
     """
     if value is None and axis == ADAPTER:
         return "trained"
-    if value is None and is_brought and not DEFENCE.owns(axis):
+    if value is None and is_brought and not owns(axis):
         return "-"
     return value_label(value)
 
 
 def settings_label(point: Point) -> str:
-    """A point's axes without its model: "rank=8 size=100"."""
-    return " ".join(f"{axis_label(axis)}={value_label(value)}" for axis, value in point.values)
+    """A point's axes without its model: "rank=8 size=100". In a study that names defences, the
+    defence comes last: "rank=8 safe_lora 0.35".
+    """
+    named = AXIS in dict(point.values)
+    own = [
+        f"{axis_label(axis)}={value_label(value)}"
+        for axis, value in point.values
+        if not named or not owns(axis)
+    ]
+    return " ".join([*own, *([defence_label(point)] if named else [])])
+
+
+def changed_label(result: Result) -> str:
+    """`40% of modules projected`, or `not projected`; `changed` of another defence."""
+    word = "projected" if defence_of(result.point) is SAFE_LORA else "changed"
+    return (
+        f"{result.changed_share:.0%} of modules {word}" if result.changed_share else f"not {word}"
+    )
+
+
+def defence_label(point: Point) -> str:
+    """A point's defence with the values of its axes: "safe_lora 0.35", "drop 0.4 exact"."""
+    defence, values = defence_of(point), dict(point.values)
+    return row_label(defence.name, {axis: values[axis] for axis in values if defence.owns(axis)})
+
+
+def row_label(name: str, knobs: Mapping[str, Value]) -> str:
+    """The label of a defence with these values by axis, the main knob first."""
+    defence = DEFENCES[name]
+    ordered = sorted(knobs, key=lambda axis: (axis != defence.main_knob, axis))
+    return " ".join([name, *(value_label(knobs[axis]) for axis in ordered)])
 
 
 def natural(name: str) -> list[str | float]:
@@ -110,13 +144,31 @@ def measured(metric: Metric) -> str:
     low, high = metric.interval
     return (
         f"{percent(metric.value)} (95% interval {percent(low)} to {percent(high)}, n = {metric.n}"
-        f"{undecided_label(metric.undecided, ', ')})"
+        f"{spread_label(metric, ', ')}{undecided_label(metric.undecided, ', ')})"
     )
+
+
+def spread_label(metric: Metric, before: str = "") -> str:
+    """`3 seeds sd 9.1`, the spread between seeds in percentage points; empty for one seed."""
+    spread = metric.between_seeds
+    return "" if spread is None else f"{before}{len(metric.seeds)} seeds sd {100 * spread:.1f}"
 
 
 def undecided_label(count: int, before: str = "", after: str = "") -> str:
     """`3 undecided`, with text around it; empty where every sample was decided."""
     return f"{before}{count} undecided{after}" if count else ""
+
+
+def plain_markdown(text: str) -> str:
+    """A user's text as one line of Markdown that means itself: no heading, link, citation or HTML
+    of its own.
+    """
+    return _MARKS.sub(r"\\\1", " ".join(text.split()))
+
+
+def without_marks(text: str) -> str:
+    """The text of `plain_markdown`."""
+    return re.sub(rf"\\{_MARKS.pattern}", r"\1", text)
 
 
 def without_paths(reason: str, hosts: Collection[str] = ()) -> str:
@@ -142,6 +194,7 @@ def without_paths(reason: str, hosts: Collection[str] = ()) -> str:
 
 
 FOLDER, HOST = "(a folder)", "(a host)"
+_MARKS = re.compile(r"([\\`*_\[\]<>#|~$@&])")  # of Markdown, LaTeX in it, and citations
 _FOLDER_MARK = "/~"  # replaces the user's folders before paths are searched
 _NO_HOST = {"", "here", "localhost"}  # names that identify no machine
 _ADDRESS = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.]*\w)")

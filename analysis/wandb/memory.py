@@ -1,17 +1,22 @@
 """What a study's mirror has shown on W&B so far, in FOLDER/wandb/shown.json.
 
     {"online": {ID: [STAMP, ROWS]}, "offline": {...},
-     "waiting": [[RUN FOLDER, ID, STAMP, ROWS], ...]}
+     "waiting": [[RUN FOLDER, ID, STAMP, ROWS], ...],
+     "open": [RUN FOLDER, ...]}
 
 ROWS is the number of history rows shown. `waiting` lists runs that ended offline and are on no
 server yet, in push order. W&B marks a pushed run by a file beside its log (see
 ebbline.analysis.wandb.push).
 
-Invariants: only the mirror writes the file. It holds only runs that have ended. A waiting run is
-removed once the same run was shown online.
+`open` lists the offline runs of trainings at work. A mirror that was killed leaves their folders
+without an end; the next one removes them and shows these trainings anew, from their first step.
+
+Invariants: only the mirror writes the file. Other entries are of runs that have ended. A waiting
+run is removed once the same run was shown online.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,6 +24,7 @@ from typing import Literal, NamedTuple
 from ebbline.tasks.files import write_whole
 
 Mode = Literal["online", "offline", "disabled"]
+LOST = "lost"  # the stamp of a run whose training was lost or has failed
 MARKER = "run-{id}.wandb.synced"  # written by W&B when a server has the whole log of a run
 
 
@@ -42,6 +48,9 @@ class Memory:
             name: read.get(name, {}) for name in ("online", "offline")
         }
         self._waiting = [Waiting(*entry) for entry in read.get("waiting", [])]
+        self._open: list[str] = []
+        for name in read.get("open", []):
+            shutil.rmtree(self.folder / Path(name).name, ignore_errors=True)
         for entry in [entry for entry in self._waiting if _pushed(self.folder, entry)]:
             self._shown["online"][entry.id] = [entry.stamp, entry.rows]
             self._waiting.remove(entry)
@@ -54,6 +63,10 @@ class Memory:
         """Whether any part of this run was shown before, offline or online."""
         return any(id in shown for shown in self._shown.values())
 
+    def has_ended(self, id: str) -> bool:
+        """Whether the run was shown to its end, and not only until its training was lost."""
+        return any(shown[id][0] != LOST for shown in self._shown.values() if id in shown)
+
     def rows(self, id: str) -> int:
         """The number of history rows that the run already has."""
         return max(int(shown.get(id, ["", 0])[1]) for shown in self._reached())
@@ -65,7 +78,18 @@ class Memory:
             self._waiting = [entry for entry in self._waiting if entry.id != id]
         else:
             self._waiting.append(Waiting(run_folder, id, stamp, rows))
-        text = json.dumps({**self._shown, "waiting": self._waiting}, indent=1, sort_keys=True)
+        self._open = [name for name in self._open if name != run_folder]
+        self._write()
+
+    def opened(self, run_folder: str) -> None:
+        """Records that a run shows a training at work."""
+        if self._mode == "offline":
+            self._open.append(run_folder)
+            self._write()
+
+    def _write(self) -> None:
+        content = {**self._shown, "waiting": self._waiting, "open": self._open}
+        text = json.dumps(content, indent=1, sort_keys=True)
         write_whole(self._path, lambda path: path.write_text(text))
 
     def waiting(self) -> Iterator[Path]:

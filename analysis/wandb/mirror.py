@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from ebbline.analysis.results.collect import collect
+from ebbline.analysis.wandb.live import drive_status, live_trainings
 from ebbline.analysis.wandb.runs import Mirror, Mirrored, chosen_mode
 from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.sweeps.study.home import MIRROR_LOCK
@@ -137,10 +138,12 @@ def _once(view: StudyView, mirror: Mirror) -> Mirrored:
     try:
         results = collect(view)
         trainings = trainings_of(results, view.home.store)
+        live = list(live_trainings(view))
+        status = drive_status(view, live)
     # The sweep may be writing; the next update reads it
     except Exception as error:  # noqa: BLE001
         return Mirrored(error=f"{type(error).__name__}: {error}")
-    return mirror.update(results, trainings)
+    return mirror.update(results, trainings, live, status)
 
 
 def _closed_within(seconds: float) -> bool:

@@ -20,16 +20,25 @@ from typing import Any
 
 from ebbline.analysis.results.frontier import finished, frontier, frontier_by_model
 from ebbline.analysis.results.tables import axes_in, metrics_in
-from ebbline.analysis.results.wording import NO_RESULT, axis_label, metric_label, without_paths
+from ebbline.analysis.results.wording import (
+    NO_RESULT,
+    axis_label,
+    metric_label,
+    value_label,
+    without_paths,
+)
+from ebbline.analysis.wandb.live import LiveTraining, step_values, steps_of
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.schedule.costs import total
 from ebbline.cluster.store.artifacts import Artifact
-from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.points import Result, StageName, Value, training_of
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.defence import SHARE_COLUMN
 from ebbline.tasks.errors import Incomplete
 from ebbline.tasks.identity import digest
+from ebbline.tasks.specs import TrainSpec
 
+SHORT = {"rank": "r", "size": "n"}  # axes that people shorten
 CURVE = "curve.csv"  # as ebbline.tasks.training.train writes it; that module imports torch
 TABLE_ROWS = 10_000  # the most rows that W&B draws of a table
 
@@ -53,6 +62,16 @@ class RunPage:
     history: Sequence[tuple[int, Mapping[str, float]]] = ()
     points: Sequence[Result] = ()  # the rows of its table
     failed: bool = False
+    tags: Sequence[str] = ()
+    notes: str = ""
+
+
+@dataclass(frozen=True)
+class TrainingTitle:
+    """What a training is called, `7b r=32 n=1,024 seed 0`, and its tags."""
+
+    name: str
+    tags: tuple[str, ...] = ()
 
 
 def run_id(study: Study, home_id: str, part: str = "") -> str:
@@ -69,10 +88,11 @@ def pages(
     hosts: Collection[str] = (),
 ) -> Iterator[RunPage]:
     """The trainings, then the points that have ended. Names in `hosts` are removed from reasons."""
-    later = _later_points(results, profile)
+    later, titles = _later_points(results, profile), training_titles(results)
     rows = trainings_without_run(results, profile)
     for artifact in (artifact for artifact in trainings if artifact.key not in rows):
-        yield _training_page(study, artifact, later.get(artifact.key, []), home_id)
+        title = titles.get(artifact.key, TrainingTitle(f"train {artifact.key[:12]}"))
+        yield _training_page(study, artifact, title, later.get(artifact.key, []), home_id)
     for result in results:
         if result.number < profile.wandb_points and result.status not in (
             "running",
@@ -83,19 +103,85 @@ def pages(
 
 
 def _training_page(
-    study: Study, artifact: Artifact, points: Sequence[Result], home_id: str
+    study: Study,
+    artifact: Artifact,
+    title: TrainingTitle,
+    points: Sequence[Result],
+    home_id: str,
 ) -> RunPage:
-    history = list(_curve(artifact))
+    curve = list(_curve(artifact))
+    steps = steps_of(artifact)
+    # A log may end early, as nothing waits for it to reach the disk; the curve is whole
+    history = [(step.step, step_values(step)) for step in steps[: len(curve)]] + curve[len(steps) :]
     shown = [[result.number, _counts(result)] for result in points]
     return RunPage(
         id=run_id(study, home_id, artifact.key[:12]),
         stamp=digest([artifact.content, shown]) if shown else artifact.content,
         job_type="training",
-        name=f"train {artifact.key[:12]}",
+        name=title.name,
         config={"key": artifact.key, "train": artifact.hashed.get("spec", {})},
-        summary={"steps": len(history)},
+        summary={"steps": len(history), "status": "finished"},
         history=history,
         points=points,
+        tags=(*title.tags, "finished"),
+        notes=rerun_notes(artifact.kind, artifact.key, artifact.folder.name),
+    )
+
+
+def live_page(training: LiveTraining, id: str) -> RunPage:
+    """The run of a training at work, without its steps."""
+    about = training.trained
+    title = (
+        TrainingTitle(training.label)
+        if about is None
+        else training_title(about.model, about.settings, about.seed)
+    )
+    return RunPage(
+        id=id,
+        stamp="",
+        job_type="training",
+        name=title.name,
+        config={"key": training.key, "train": training.spec},
+        summary={},
+        tags=(*title.tags, "running"),
+        notes=rerun_notes(TrainSpec.KIND, training.key, training.attempt.rpartition("/")[2]),
+    )
+
+
+def rerun_notes(kind: str, key: str, attempt: str) -> str:
+    """How to repeat a stage. The store's place is the reader's own, and is not told."""
+    return f"`ebbline rerun HOME/store/{kind}/{key}/{attempt}/log/request.json`"
+
+
+def training_titles(results: Sequence[Result]) -> dict[str, TrainingTitle]:
+    """Key of a training -> its title, from the first point that uses it."""
+    titles: dict[str, TrainingTitle] = {}
+    for result in results:
+        for name, key in result.keys.items():
+            parsed = StageName.parse(name)
+            if parsed.part == TrainSpec.KIND and key not in titles:
+                own = training_of(result.point)
+                titles[key] = training_title(own.model, dict(own.values), parsed.seed)
+    return titles
+
+
+def training_title(model: str, settings: Mapping[str, Value], seed: int) -> TrainingTitle:
+    """The title of a training with these settings."""
+    words = (model, *(short_label(axis, value) for axis, value in settings.items()), f"seed {seed}")
+    return TrainingTitle(" ".join(words), words)
+
+
+def short_label(axis: str, value: Value) -> str:
+    """A setting as people say it: `r=32`, `n=1,024`, `threshold=0.35`."""
+    name = axis_label(axis)
+    shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else None
+    return f"{SHORT.get(name, name)}={shown or value_label(value)}"
+
+
+def uses(result: Result, key: str) -> bool:
+    """Whether a point uses this training."""
+    return any(
+        own == key for stage, own in result.keys.items() if stage.startswith(f"{TrainSpec.KIND}[")
     )
 
 
@@ -106,7 +192,11 @@ def _point_page(
     config: dict[str, Any] = {"model": result.point.model}
     for axis, value in result.point.values:
         part, _, name = axis.partition(".")
-        config.setdefault(part, {})[name] = value
+        if name:
+            config.setdefault(part, {})[name] = value
+        else:  # `defence`, and the adapter from outside
+            config[part] = value
+    settings = [short_label(axis, value) for axis, value in result.point.values]
     cost = total(result.costs.values())
     summary: dict[str, Any] = {
         "point": result.number,
@@ -114,7 +204,7 @@ def _point_page(
         "reason": without_paths(result.reason, hosts)[:300],
         "seconds": result.seconds,
         "gpu_hours": cost.gpu_hours,
-        DEFENCE.words.share: result.changed_share,
+        SHARE_COLUMN: result.changed_share,
         "stages": dict(result.keys),
     }
     usd = cost.usd(profile)
@@ -132,7 +222,8 @@ def _point_page(
         id=run_id(study, home_id, result.point.id),
         stamp=digest([result.status, result.reason, _counts(result), dict(result.keys)]),
         job_type="point",
-        name=f"{result.number} {result.point}",
+        name=" ".join([str(result.number), result.point.model, *settings]),
+        tags=(result.point.model, *settings, result.status),
         config=config,
         summary=summary,
         failed=result.status in NO_RESULT,

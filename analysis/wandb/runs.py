@@ -16,20 +16,25 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ebbline.analysis.results.costs import growth
 from ebbline.analysis.results.frontier import finished, frontier, frontier_by_model
 from ebbline.analysis.results.tables import NO_PRICES, frontier_text, results_frame
-from ebbline.analysis.results.wording import metric_label
-from ebbline.analysis.wandb.memory import Memory, Mode
+from ebbline.analysis.results.wording import metric_label, without_paths
+from ebbline.analysis.wandb.live import LiveRun, LiveTraining, step_values
+from ebbline.analysis.wandb.memory import LOST, Memory, Mode
 from ebbline.analysis.wandb.pages import (
     RunPage,
     Table,
+    live_page,
     pages,
     points_table,
     run_id,
     trainings_table,
+    trainings_without_run,
+    uses,
 )
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.store.artifacts import Artifact
@@ -38,6 +43,12 @@ from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.identity import digest
 
+LIVE_RUNS = 32  # the most trainings at work whose steps are shown as they come
+LOST_AFTER = (
+    3  # updates without a training that ended neither well nor badly until it counts as lost
+)
+FLUSH_S = 2.0  # how long W&B's client keeps a row before it writes or sends it
+TAG_CHARACTERS = 64  # W&B takes no longer tag
 CHARTS_EVERY = (
     1.25  # charts are redrawn when the finished points have grown by this factor, and at the end
 )
@@ -95,17 +106,27 @@ class Mirror:
         self._home_id, self._id = home_id, run_id(study, home_id)
         self._memory = Memory(folder, mode)
         self._study_run: Any = None
+        self._status: Mapping[str, float] = {}
         self._study_stamp = ""
         self._rows = self._memory.rows(self._id)  # rows of the study's growth shown so far
         # W&B's step of the latest growth row; None lets W&B count, as in a resumed run.
         self._step: int | None = None
         # The number of points in the charts, and the stamp of their content.
         self._charted, self._charted_as = 0, ""
+        self._live: dict[str, LiveRun] = {}  # id -> the run of a training at work
         self._results: Sequence[Result] = ()
         self._trainings: Sequence[Artifact] = ()
 
-    def update(self, results: Sequence[Result], trainings: Sequence[Artifact]) -> Mirrored:
-        """Shows new results. The first failure ends the update; later updates show the rest."""
+    def update(
+        self,
+        results: Sequence[Result],
+        trainings: Sequence[Artifact],
+        live: Sequence[LiveTraining] = (),
+        status: Mapping[str, float] = MappingProxyType({}),
+    ) -> Mirrored:
+        """Shows new results, the new steps of trainings at work, and the `status` of the drive. The
+        first failure ends the update; later updates show the rest.
+        """
         if self.mode == "disabled":
             return Mirrored()
         until, count = time.monotonic() + self.bound_s, 0
@@ -115,13 +136,14 @@ class Mirror:
                 self.study, results, trainings, self.profile, self._home_id, host_names(self.folder)
             )
             new = [page for page in every if not self._memory.was_shown(page.id, page.stamp)]
+            self._follow(live, results, trainings)
             for page in new:
                 if time.monotonic() > until:
                     return Mirrored(count, len(new) - count, f"stopped after {self.bound_s:g} s")
                 self._show(page)
                 count += 1
             self._trainings = trainings
-            self._show_study(results)
+            self._show_study(results, status)
         # A failure of W&B must not stop the sweep
         except Exception as error:  # noqa: BLE001
             return Mirrored(
@@ -135,6 +157,8 @@ class Mirror:
         """Draws the study's final charts and ends its run; the other runs have ended already."""
         run = self._study_run
         try:
+            for id in list(self._live):
+                self._end_lost(id, self._results)
             if run is not None:
                 if self._charted_as != self._study_stamp:
                     self._chart()
@@ -145,10 +169,56 @@ class Mirror:
         finally:
             self._study_run = None
 
+    def _follow(
+        self,
+        live: Sequence[LiveTraining],
+        results: Sequence[Result],
+        trainings: Sequence[Artifact],
+    ) -> None:
+        """Shows the new steps of the trainings at work, and ends the runs of those that were lost.
+
+        A training that ended well stays open for `_show`. At most LIVE_RUNS are open at once; the
+        others are shown when they end.
+        """
+        hidden = trainings_without_run(results, self.profile)
+        for training in live:
+            id = run_id(self.study, self._home_id, training.key[:12])
+            if training.key in hidden or self._memory.has_ended(id):
+                continue
+            if id not in self._live:
+                if len(self._live) >= LIVE_RUNS:
+                    continue
+                run = self._open(live_page(training, id))
+                self._live[id] = LiveRun(run, training.key, self._memory.rows(id))
+                self._memory.opened(_folder_of(run))
+            self._live[id].show([(step.step, step_values(step)) for step in training.steps])
+        ended = {artifact.key for artifact in trainings}
+        at_work = {training.key for training in live} | ended
+        for id, shown in list(self._live.items()):
+            if shown.key in at_work:
+                continue
+            shown.absent += 1
+            if shown.absent >= LOST_AFTER:  # an ended training is in `trainings` by then
+                self._end_lost(id, results)
+
+    def _end_lost(self, id: str, results: Sequence[Result]) -> None:
+        """Ends the run of a training that was lost or has failed. A retry continues the run."""
+        lost = self._live.pop(id)
+        reason = next(
+            (result.reason for result in results if result.reason and uses(result, lost.key)), ""
+        )
+        status = "failed" if reason else "crashed"
+        why = without_paths(reason, host_names(self.folder)) or "lost; the next attempt continues"
+        lost.run.summary.update({"status": status, "reason": why[:300]})
+        lost.run.finish(exit_code=1)
+        self._memory.remember(id, LOST, lost.rows, _folder_of(lost.run))
+
     def _show(self, page: RunPage) -> None:
-        run = self._open(page.id, page.job_type, page.name, page.config)
-        for step, values in page.history[self._memory.rows(page.id) :]:
-            run.log(dict(values), step=step)
+        shown = self._live.pop(page.id, None)
+        if shown is None:
+            shown = LiveRun(self._open(page), page.id, self._memory.rows(page.id))
+        run = shown.run
+        shown.show(page.history)
         run.summary.update(dict(page.summary))
         if page.points:
             run.summary.update(
@@ -157,8 +227,14 @@ class Mirror:
         run.finish(exit_code=int(page.failed))
         self._memory.remember(page.id, page.stamp, len(page.history), _folder_of(run))
 
-    def _show_study(self, results: Sequence[Result]) -> None:
-        """Shows the growth of the hypervolume and the frontier; redraws the charts if due."""
+    def _show_study(self, results: Sequence[Result], status: Mapping[str, float]) -> None:
+        """Shows the drive's status, the growth of the hypervolume and the frontier; redraws the
+        charts if due.
+        """
+        changed, self._status = status != self._status, status
+        if changed and status.get("status/at_work"):
+            self._open_study()
+            self._study_run.summary.update(dict(status))
         objectives = self.study.objectives
         chosen = frontier(results, objectives)
         if not chosen:
@@ -175,16 +251,7 @@ class Mirror:
         )
         if stamp == self._study_stamp or self._memory.was_shown(self._id, stamp):
             return
-        if self._study_run is None:
-            config = {
-                "question": self.study.question,
-                "objectives": list(objectives),
-                "seeds": list(self.study.seeds),
-            }
-            self._study_run = self._open(self._id, "study", self.study.study, config)
-            for name in ("finished", "hours", "gpu_hours", "usd"):
-                self._study_run.define_metric(name, hidden=True)
-                self._study_run.define_metric(f"hypervolume/over_{name}", step_metric=name)
+        self._open_study()
         grown = list(growth(results, objectives, self.folder))
         for each in grown[self._rows :]:
             usd = each.cost.usd(self.profile)
@@ -196,17 +263,30 @@ class Mirror:
             if usd is not None:
                 over["usd"] = usd
             volumes = {f"hypervolume/over_{name}": each.hypervolume for name in over}
-            self._study_run.log(
-                {"hypervolume": each.hypervolume, **over, **volumes}, step=each.finished
-            )
+            row = {"hypervolume": each.hypervolume, **over, **volumes}
+            if each is grown[-1] and self._status.get("status/at_work"):
+                row |= self._status  # of now: nobody knows it for earlier points
+            self._study_run.log(row, step=each.finished)
             self._step = each.finished
-        self._study_run.summary.update(
-            {"frontier": [result.number for result in chosen], "hypervolume": grown[-1].hypervolume}
-        )
+        shown = {"frontier": [result.number for result in chosen], **status}
+        self._study_run.summary.update(shown | {"hypervolume": grown[-1].hypervolume})
         self._study_run.notes = f"```\n{frontier_text(results_frame(results, objectives))}\n```"
         self._study_stamp, self._rows, self._results = stamp, max(self._rows, landed), results
         if landed >= CHARTS_EVERY * self._charted:
             self._chart()
+
+    def _open_study(self) -> None:
+        if self._study_run is not None:
+            return
+        config = {
+            "question": self.study.question,
+            "objectives": list(self.study.objectives),
+            "seeds": list(self.study.seeds),
+        }
+        self._study_run = self._open(RunPage(self._id, "", "study", self.study.study, config, {}))
+        for name in ("finished", "hours", "gpu_hours", "usd"):
+            self._study_run.define_metric(name, hidden=True)
+            self._study_run.define_metric(f"hypervolume/over_{name}", step_metric=name)
 
     def _chart(self) -> None:
         """Shows the table of all finished points.
@@ -246,7 +326,7 @@ class Mirror:
             run.log({"trainings_table": _table(run, "trainings_table", others)}, step=self._step)
         self._charted, self._charted_as = self._rows, self._study_stamp
 
-    def _open(self, id: str, job_type: str, name: str, config: Mapping[str, Any]) -> Any:
+    def _open(self, page: RunPage) -> Any:
         import wandb
 
         settings = wandb.Settings(
@@ -268,16 +348,21 @@ class Mirror:
             x_disable_meta=True,
             x_disable_machine_info=True,
             x_save_requirements=False,
+            # so that another process sees a step within seconds
+            x_transaction_log_flush_interval=FLUSH_S,
+            x_file_stream_transmit_interval=FLUSH_S,
         )
         # Without `resume` a push writes from the first row, so a repeated push changes nothing.
-        resumes = self.mode == "online" or self._memory.begun(id)
+        resumes = self.mode == "online" or self._memory.begun(page.id)
         return wandb.init(
             project=project(),
-            id=id,
-            name=name,
+            id=page.id,
+            name=page.name,
             group=self.study.study,
-            job_type=job_type,
-            config=dict(config),
+            job_type=page.job_type,
+            tags=[tag[:TAG_CHARACTERS] for tag in page.tags if tag],
+            notes=page.notes or None,
+            config=dict(page.config),
             resume="allow" if resumes else None,
             reinit="create_new",
             settings=settings,

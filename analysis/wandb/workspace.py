@@ -23,6 +23,9 @@ from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.measuring.metrics import direction
 
+RUNNING, LEARNING = "Is it running?", "Is it learning?"
+OUTCOME, FAILED = "What came out?", "What failed?"
+
 
 @dataclass(frozen=True)
 class WorkspaceUrls:
@@ -68,35 +71,28 @@ def _save(
     report.blocks = [
         wr.P(study.question),
         wr.P(f"Hypothesis: {study.hypothesis or 'none'}"),
-        wr.H2("Frontier"),
+        wr.H2(RUNNING),
+        _grid(study, entity, "study", status_panels()),
+        wr.H2(LEARNING),
+        _grid(study, entity, "training", training_panels()),
+        wr.H2(OUTCOME),
+        _grid(study, entity, "study", [*chart_panels(study), *growth_panels(profile)]),
+        _grid(study, entity, "point", [*scatter_panels(study), *settings_panels(study)]),
+        wr.H2(FAILED),
+        wr.P("A run's summary has the reason, its notes the command that runs it again."),
         wr.PanelGrid(
-            runsets=[_runset(study, entity, "study")], panels=_placed(chart_panels(study))
-        ),
-        wr.PanelGrid(
-            runsets=[_runset(study, entity, "point")], panels=_placed(scatter_panels(study))
-        ),
-        wr.H2("Hypervolume"),
-        wr.PanelGrid(
-            runsets=[_runset(study, entity, "study")], panels=_placed(growth_panels(profile))
-        ),
-        wr.H2("Settings"),
-        wr.PanelGrid(
-            runsets=[_runset(study, entity, "point")], panels=_placed(settings_panels(study))
-        ),
-        wr.H2("Trainings"),
-        wr.PanelGrid(
-            runsets=[_runset(study, entity, "training")],
-            panels=_placed(
-                [
-                    wr.LinePlot(
-                        title="Training loss",
-                        x="Step",
-                        y=["loss"],
-                        title_y="loss",
-                        max_runs_to_show=100,
-                    )
-                ]
-            ),
+            runsets=[
+                wr.Runset(
+                    entity=entity,
+                    project=project(),
+                    name=f"{study.study}: failed",
+                    filters=[
+                        expr.Metric("Group") == study.study,
+                        expr.Metric("State") == "failed",
+                    ],
+                )
+            ],
+            panels=_placed(failure_panels()),
         ),
     ]
     report.save()  # first, because it checks that the project exists
@@ -108,17 +104,53 @@ def _save(
     )
     workspace.name = study.study
     workspace.sections = [
-        ws.Section(name="Frontier", panels=frontier_panels(study), is_open=True),
-        ws.Section(name="Hypervolume", panels=growth_panels(profile), is_open=True),
-        ws.Section(name="Settings", panels=settings_panels(study), is_open=True),
+        ws.Section(name=RUNNING, panels=status_panels(), is_open=True),
+        ws.Section(name=LEARNING, panels=training_panels(), is_open=True),
+        ws.Section(
+            name=OUTCOME,
+            panels=[*frontier_panels(study), *growth_panels(profile), *settings_panels(study)],
+            is_open=True,
+        ),
+        ws.Section(name=FAILED, panels=failure_panels(), is_open=True),
     ]
-    # The trainings' runs have no such metrics; their curves are in the report.
-    workspace.runset_settings = ws.RunsetSettings(
-        filters=[ws.Metric("Group") == study.study, ws.Metric("JobType") != "training"]
-    )
+    workspace.runset_settings = ws.RunsetSettings(filters=[ws.Metric("Group") == study.study])
     workspace.settings.max_runs = 100
     workspace.save()
     return WorkspaceUrls(workspace.url, report.url)
+
+
+def status_panels() -> list[Any]:
+    """What the study's run shows of the drive, over its hours: points, queue, GPUs and cost."""
+    shown = {
+        "Points": ["status/points_finished", "status/points_in_flight"],
+        "Stages": ["status/stages_running", "status/stages_queued"],
+        "GPUs": ["status/gpus_busy", "status/gpus"],
+        "GPU-hours spent": ["status/spent_gpu_hours"],
+        "Hours left for what has started": ["status/hours_left"],
+    }
+    return [
+        wr.LinePlot(title=title, x="hours", y=names, title_x="hours of driving")
+        for title, names in shown.items()
+    ]
+
+
+def training_panels() -> list[Any]:
+    """The curves of the trainings by step."""
+    shown = {
+        "Training loss": "loss",
+        "Gradient norm": "gradient_norm",
+        "Tokens per second": "tokens_per_s",
+        "Peak memory, GB": "peak_memory_gb",
+    }
+    return [
+        wr.LinePlot(title=title, x="Step", y=[name], max_runs_to_show=100)
+        for title, name in shown.items()
+    ]
+
+
+def failure_panels() -> list[Any]:
+    """How many stages have failed so far; the runs themselves are in the list beside it."""
+    return [wr.LinePlot(title="Stages that failed", x="hours", y=["status/stages_failed"])]
 
 
 def frontier_panels(study: Study) -> list[Any]:
@@ -209,6 +241,10 @@ def settings_panels(study: Study) -> list[Any]:
         wr.ParallelCoordinatesPlot(columns=columns, title="Settings and objectives"),
         *importance,
     ]
+
+
+def _grid(study: Study, entity: str, job_type: str, panels: list[Any]) -> Any:
+    return wr.PanelGrid(runsets=[_runset(study, entity, job_type)], panels=_placed(panels))
 
 
 def _runset(study: Study, entity: str, job_type: str) -> Any:

@@ -26,6 +26,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from ebbline.cluster.executors import preparation
 from ebbline.cluster.executors.executor import (
     Capacity,
     Executor,
@@ -348,7 +349,10 @@ def _coordinator() -> Any:
 @ray.remote(max_retries=0, num_cpus=1)  # type: ignore[untyped-decorator]
 def _batch(requests: list[Request], processes: JobProcesses) -> tuple[Report, ...]:
     processes.sign_on("task")
-    return run_batch(requests, leaving=processes.leaving(), gpu_type=own_gpu_type())
+    preparation.before_a_job()
+    reports = run_batch(requests, leaving=processes.leaving(), gpu_type=own_gpu_type())
+    preparation.after_a_job()
+    return reports
 
 
 @ray.remote(max_retries=0, num_cpus=1, num_gpus=1)  # type: ignore[untyped-decorator]

@@ -1,7 +1,8 @@
 """The overhead of a job: the seconds that it takes beside its stages.
 
-Overhead is the start of processes, their imports, submission, and the report of the end. A job on a
-warm process has a fraction of the overhead of a new process.
+Overhead is the start of processes, their imports, submission, and the report of the end. A stage's
+own seconds have no imports. A job on a warm process has a fraction of the overhead of one on a new
+process.
 """
 
 import statistics
@@ -18,7 +19,8 @@ class StartCosts:
     with Ray on 2 cores: docs/costs.md.
     """
 
-    new_s: float = 8.0  # a job on a new process
+    new_s: float = 6.0  # a job with a GPU on a new process, which imports torch
+    new_without_gpu_s: float = 0.5  # torch comes later: ebbline.cluster.executors.preparation
     kept_s: float = 0.5  # a job on a warm process
     gang_s: float = 11.0
     cluster_s: float = 4.0  # from the start of a drive to its first job
@@ -103,7 +105,9 @@ class Starts:
         if gpus > 1:
             return self._defaults.gang_s
         new = new or (self._defaults.new_after_real_gpu and gpu_type is not None and gpus > 0)
-        return self._defaults.new_s if new else self._defaults.kept_s
+        if not new:
+            return self._defaults.kept_s
+        return self._defaults.new_s if gpus else self._defaults.new_without_gpu_s
 
 
 def _category(gpu_type: str | None, gpus: int, new: bool) -> tuple[str | None, int, bool]:

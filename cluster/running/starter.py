@@ -304,6 +304,7 @@ class Starter:
             alone=node.key in self.unpacked,
             killed=self._setup.retry_policy.killed(node.key),
             load=load_record(self._setup.estimates.load(node.stage)),
+            server=self._setup.profile.server_of(node.stage.spec),
         )
         self._setup.store.note(attempt, "request.json", request.to_json().encode())
         return request

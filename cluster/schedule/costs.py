@@ -8,7 +8,8 @@ shown, and are never stored.
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
 
 from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, Capacity, Job, Needs
 from ebbline.cluster.profile import Profile
@@ -17,11 +18,26 @@ from ebbline.cluster.profile import Profile
 GpuTypes = Mapping[str | None, float]
 
 
+class Origin(NamedTuple):
+    """What kind of stage ran, by which VERSION, and where."""
+
+    kind: str
+    version: int
+    gpus: int
+    device: str
+    gpu_type: str | None
+    host: str
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """GPU-seconds by GPU type. Stages without a GPU are free: a GPU's price includes its host."""
+    """GPU-seconds by GPU type. Stages without a GPU are free: a GPU's price includes its host.
+
+    The cost of one finished stage has its `origin`; a sum has none.
+    """
 
     gpu_s: GpuTypes = field(default_factory=dict)
+    origin: Origin | None = field(default=None, compare=False, repr=False)
 
     @staticmethod
     def of(gpus: GpuTypes, seconds: float) -> "Cost":
@@ -72,6 +88,24 @@ def cost_of(provenance: Mapping[str, Any]) -> Cost:
     return Cost.of(
         {provenance.get("gpu_type"): float(provenance.get("gpus", 0))}, float(provenance["seconds"])
     )
+
+
+def origin_of(kind: str, version: int, provenance: Mapping[str, Any]) -> Origin:
+    """The origin of a finished stage, from its record's provenance."""
+    device, host = (
+        str(provenance.get(name, default))
+        for name, default in (("device", "an unknown device"), ("host", "unknown"))
+    )
+    gpus, gpu_type = int(provenance.get("gpus", 0)), provenance.get("gpu_type")
+    return Origin(kind, version, gpus, device, gpu_type, host)
+
+
+@lru_cache(4096)
+def stage_cost(origin: Origin, cost: tuple[tuple[str | None, float], ...]) -> Cost:
+    """The cost of one finished stage. The results of points that share the stage share the object,
+    as a study has ten of them for each point.
+    """
+    return Cost(dict(cost), origin)
 
 
 def expected_cost(

@@ -21,7 +21,7 @@ from ebbline.cluster.schedule.counted_work import load_of, machine_of, seconds_o
 from ebbline.cluster.schedule.needs import default_needs
 from ebbline.cluster.schedule.pace import Pace
 from ebbline.cluster.store.artifacts import Artifact, Store
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.in_use import MAKERS
 from ebbline.tasks.kinds import STAGE_KINDS, kind_named
 from ebbline.tasks.models.model_work import guessed_models
 from ebbline.tasks.specs import GenerateSpec
@@ -117,7 +117,7 @@ class Estimates:
         self._learnt.add(key)
         provenance, seconds = artifact.provenance, _measured_s(artifact)
         gpus, gpu_type = int(provenance.get("gpus", 0)), provenance.get("gpu_type")
-        if artifact.kind == DEFENCE.makes.KIND:
+        if artifact.kind in MAKERS:
             self._adapters.append(artifact.content)
         categories = _categories(artifact.kind, artifact.hashed["spec"], gpus, gpu_type)
         if "load" not in provenance:

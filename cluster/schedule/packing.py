@@ -32,7 +32,7 @@ class Packing:
     def __init__(self, profile: Profile, artifact: Callable[[Stage], Artifact | None]) -> None:
         self._profile, self._artifact = profile, artifact
         self._by_key: dict[str, tuple[str, dict[str | None, float]]] = {}
-        self._shares: dict[tuple[str, int, str | None], float] = {}
+        self._shares: dict[tuple[str, int, bool, str | None], float] = {}
         self._configs: dict[str, dict[str, Any] | None] = {}
 
     def of(self, stage: Stage, key: str, types: frozenset[str | None]) -> tuple[str, Shares]:
@@ -47,9 +47,9 @@ class Packing:
             self._by_key[key] = pack_name(stage.spec, contents_of(stage, self._artifact) or {}), {}
         name, shares = self._by_key[key]
         if name:
-            # Members of a pack differ in memory only by their rank.
+            # Members of a pack differ in memory only by their rank and by their moving average.
             for gpu in types - shares.keys():
-                same_memory = (name, stage.spec.rank, gpu)
+                same_memory = (name, stage.spec.rank, stage.spec.ema_decay > 0, gpu)
                 if same_memory not in self._shares:
                     self._shares[same_memory] = self._share(stage, stage.spec, gpu)
                 shares[gpu] = self._shares[same_memory]

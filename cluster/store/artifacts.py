@@ -139,7 +139,14 @@ class Store:
                 folder=self.root.joinpath(kind, key, record["attempt"]),
                 store=self,
             )
-        except (ValueError, KeyError, TypeError, AttributeError, UnstableValue) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            UnstableValue,
+        ) as error:
             raise Damaged(
                 f"the record {self.place.at}/{kind}/{key}/{RECORD} is damaged ({error})."
                 " `ebbline store verify --mend` moves it to quarantine; its stage then runs again"
@@ -281,7 +288,7 @@ class Store:
             return frozenset()
         try:
             found = frozenset(json.loads(text)["files"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             found = frozenset({""})
         if not found <= artifact.files.keys():
             raise Damaged(f"{self.place.at}/{name} is damaged. {MEND}")

@@ -26,7 +26,7 @@ from ebbline.tasks.files import is_unfinished
 from ebbline.tasks.identity import file_digest, folder_files
 from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.paths import is_inside
-from ebbline.tasks.progress import PROGRESS
+from ebbline.tasks.progress import PROGRESS, STEPS
 from ebbline.tasks.stage import Report, Request
 
 PROGRESS_EVERY_S = 5.0
@@ -225,15 +225,18 @@ class BucketWorkplace(Workplace):
         )
 
     def _send_progress(self) -> None:
-        """Upload the progress for the driver, every PROGRESS_EVERY_S seconds while it changes."""
-        sent = b""
+        """Upload the progress and the steps of a training for the driver and the W&B mirror, every
+        PROGRESS_EVERY_S seconds while they change.
+        """
+        sent: dict[str, bytes] = {}
         while not self._done.wait(PROGRESS_EVERY_S):
-            path = Path(self.request.log) / PROGRESS
-            with contextlib.suppress(OSError):  # the file is being replaced
-                if path.exists() and (now := path.read_bytes()) != sent:
-                    sent = now
+            for path in (Path(self.request.log) / name for name in (PROGRESS, STEPS)):
+                with contextlib.suppress(OSError):  # the file is being replaced
+                    if not path.exists() or (now := path.read_bytes()) == sent.get(path.name):
+                        continue
+                    sent[path.name] = now
                     try:
-                        self.store.note(self.attempt, path.name, sent)
+                        self.store.note(self.attempt, path.name, now)
                     except StoreError as error:  # only a warning: a lasting error fails the commit
                         _log.warning(
                             "the progress of %s %s could not be uploaded: %s",

@@ -145,16 +145,22 @@ def _least(study: Study, model: str, fixed: int) -> int:
 
 
 def _judges(study: Study) -> Iterator[ModelJob]:
+    # Reads the prompts of all judges, which few studies need.
+    from ebbline.tasks.measuring.judges.templates import TEMPLATES
+
     for name, judge in study.judges.items():
         path = None if judge.model is None else path_of(judge.model)
         if path is None:
             continue
-        template = judge.settings.template
-        chats = template in ("yes-no", "llama-guard")
+        template = TEMPLATES[judge.settings.template]
+        is_classifier = judge.settings.template == "classifier"
+        # A judge of images may keep its template in a file of its processor.
+        chats = template.text is None and not is_classifier and not template.in_parts
         yield ModelJob(
             f"judges.{name}.model",
             str(path),
             judge.settings.chat.model_dump() if chats else None,
-            checked=template == "yes-no",
-            classifier=template == "classifier",
+            checked=chats and not template.is_question,
+            loaded=not template.in_parts,
+            classifier=is_classifier,
         )

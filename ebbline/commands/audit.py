@@ -44,7 +44,7 @@ def print_audit(
             json.dumps(record | ({"texts": shown} if show_text else {}), indent=1, allow_nan=False)
         )
         return
-    screen = Console(highlight=False)
+    screen = Console(markup=False, highlight=False)
     limited = "" if audit.rows == audit.prompts else f" of {audit.rows} rows"
     _line(
         screen,

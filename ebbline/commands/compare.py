@@ -213,11 +213,11 @@ def _sections(
 def _notes(size: ModelComparison) -> Iterator[str]:
     if size.volumes is not None:
         yield f"hypervolume of the frontier {_volumes(size.volumes)}"
-        before, after = (each.among for each in size.picks)
-        if before != after:
+        if not size.volumes.comparable:
+            before, after = size.volumes.points
             yield (
-                f"the frontiers come from {before} and {after} different points; a frontier of "
-                "more points reaches further"
+                f"no verdict on the hypervolume: the frontiers come from {before} and {after} "
+                "different points, and a frontier of more points reaches further by chance alone"
             )
     if not size.shared:
         yield "no point has the same settings in both"
@@ -245,16 +245,20 @@ def _volumes(found: Volumes) -> str:
         if found.paired
         else "over each study's own prompts, which differ"
     )
-    sure = "" if low <= 0 <= high else f", so {'larger' if low > 0 else 'smaller'}"
-    return f"{text} (95% bootstrap {how}: {low:+.3f} to {high:+.3f}{sure if found.paired else ''})"
+    shown = not low <= 0 <= high and found.paired and found.comparable
+    sure = f", so {'larger' if low > 0 else 'smaller'}" if shown else ""
+    return f"{text} (95% bootstrap {how}: {low:+.3f} to {high:+.3f}{sure})"
 
 
 def _tables(
     size: ModelComparison, found: StudyComparison, floors: Sequence[Floor]
 ) -> Iterator[tuple[str, pd.DataFrame]]:
-    caption = f"Operating points, {in_words(floors)}"
+    caption = (
+        f"Operating points, {in_words(floors)}; they were picked by these numbers, which the "
+        "p-values do not allow for"
+    )
     for side, own in zip((found.before, found.after), size.picks, strict=True):
-        lacking = "" if own.holds else f", the nearest point: {missed_by(own, None)}"
+        lacking = "" if own.meets else f", the nearest point: {missed_by(own, None)}"
         caption += f"; {side.label}: {named(own.result)}{lacking}"
     rows = [
         (directed_label(name), short_label(one.before), short_label(one.after), moved_label(one))
@@ -278,12 +282,14 @@ def short_label(metric: Metric) -> str:
 
 
 def moved_label(found: Comparison) -> str:
+    between = found.between
+    about = "" if between is None else f", setting, {between.seeds} seeds"
     if found.paired is None:
-        return f"{found.move} (by intervals)"
-    low, high = found.paired.interval
+        return f"{found.move} (by intervals{about})"
+    low, high = found.interval
     return (
         f"{found.move} (paired, {in_points(found.paired.difference)} points [{in_points(low)}, "
-        f"{in_points(high)}])"
+        f"{in_points(high)}]{about})"
     )
 
 
@@ -352,7 +358,13 @@ def _json(found: StudyComparison) -> dict[str, Any]:
             {
                 "model": size.model,
                 "operating_points": [
-                    {"number": each.result.number, "holds": each.holds} for each in size.picks
+                    {
+                        "number": each.result.number,
+                        "meets": each.meets,
+                        "holds": each.holds,
+                        "standing": each.standing,
+                    }
+                    for each in size.picks
                 ],
                 "at_operating_points": {
                     name: comparison_json(each) for name, each in size.at_picks.items()
@@ -370,6 +382,8 @@ def _json(found: StudyComparison) -> dict[str, Any]:
                     "difference": size.volumes.difference,
                     "interval": size.volumes.interval,
                     "paired": size.volumes.paired,
+                    "points": list(size.volumes.points),
+                    "comparable": size.volumes.comparable,
                 },
             }
             for size in found.sizes
@@ -397,4 +411,21 @@ def comparison_json(found: Comparison) -> Mapping[str, Any]:
             "p_value_uncorrected": test.p_value,
             "prompts": test.items,
         }
-    return {**sides, "move": found.move, "paired": paired}
+    between = None
+    if found.between is not None:
+        over = found.between
+        between = {
+            "difference": over.difference,
+            "interval": over.interval,
+            "p_value_uncorrected": over.p_value,
+            "degrees_of_freedom": over.freedom,
+            "seeds": over.seeds,
+            "paired": over.paired,
+        }
+    return {
+        **sides,
+        "move": found.move,
+        "about": "setting" if found.is_about_setting else "adapter",
+        "paired": paired,
+        "over_seeds": between,
+    }

@@ -26,7 +26,9 @@ from ebbline.cluster.profile import Profile
 from ebbline.cluster.store.bucket import Bucket
 from ebbline.sweeps.study.database import shared_url, sqlite_url
 from ebbline.sweeps.study.home import Home
-from ebbline.tasks.errors import StoreError, StudyError
+from ebbline.tasks.errors import EvaluationError, StoreError, StudyError
+from ebbline.tasks.measuring.served.client import Client
+from ebbline.tasks.measuring.served.place import VERSION_OF_VLLM, ServerPlace, is_version
 
 LOW_DISK_GB, LOW_MEMORY_GB = 20.0, 8.0
 IMPATIENT = {"max_retries": 1, "retry_timeout": timedelta(seconds=10)}
@@ -42,6 +44,7 @@ def examine(home: Home, address: str | None) -> list[Finding]:
         lambda: [_memory()],
         lambda: _disks(home),
         *(partial(_executor, kind, address or profile.address, profile) for kind in EXECUTORS),
+        *(partial(_server, backend, place) for backend, place in profile.servers.items()),
         lambda: [_wandb()],
         lambda: [_hub()],
         lambda: [_store(home)],
@@ -170,6 +173,38 @@ def _executor(kind: ExecutorKind, address: str, profile: Profile) -> list[Findin
     checked = kind.check(address)
     prices = [] if checked.gpu_types is None else _prices(checked.gpu_types, profile)
     return [*checked.findings, *prices]
+
+
+def _server(backend: str, place: ServerPlace) -> list[Finding]:
+    """Whether a server of the profile is there, in the version that its name states."""
+    try:
+        stated = _stated_version(place)
+    except EvaluationError as error:
+        return [Finding("server", "problem", f"{backend}: {error}", "correct HOME/cluster.yaml")]
+    if stated is not None and not is_version(backend, stated):
+        remedy = (
+            f"name it {backend.partition('==')[0]}=={stated} in HOME/cluster.yaml and in suites"
+        )
+        return [Finding("server", "problem", f"{backend} is version {stated}", remedy)]
+    unsaid = " (it states no version)" if stated is None else ""
+    return [Finding("server", "ok", f"{backend} at {place.python or place.address}{unsaid}")]
+
+
+def _stated_version(place: ServerPlace) -> str | None:
+    """The version of a server, None if it states none. Raises EvaluationError if it is not
+    there.
+    """
+    if place.address is not None:
+        client = Client(place.address)
+        try:
+            client.models()
+            return client.version()
+        finally:
+            client.close()
+    done = run([str(place.python), "-c", VERSION_OF_VLLM])
+    if isinstance(done, str):
+        raise EvaluationError(f"{place.python}: {done}")
+    return done.stdout.strip()
 
 
 def _prices(types: Sequence[str], profile: Profile) -> list[Finding]:

@@ -12,14 +12,20 @@ samples.jsonl, agreement.json. The same call continues an interrupted one.
 """
 
 import json
-import shutil
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from ebbline.commands.measured.backend_check import (
+    CHECKED,
+    DIFFERENCES,
+    differences,
+    write_differences,
+)
 from ebbline.commands.measured.outcome import (
     DONE,
     FILES,
@@ -28,7 +34,7 @@ from ebbline.commands.measured.outcome import (
     Measured,
     files_of,
 )
-from ebbline.commands.project import distinct_names, located
+from ebbline.commands.project import distinct_names, located, scratch_beside
 from ebbline.sweeps.study.reading.field_faults import faults
 from ebbline.sweeps.study.suites import (
     MultipleChoiceSuite,
@@ -38,9 +44,11 @@ from ebbline.sweeps.study.suites import (
     TaskSuite,
     scorers_of,
     stages_of,
+    written_metrics,
 )
 from ebbline.tasks.errors import EbblineError, EvaluationError
 from ebbline.tasks.extras import extras_explained
+from ebbline.tasks.files import open_private
 from ebbline.tasks.identity import content_digest
 from ebbline.tasks.inputs import ExpectedInput, InputCheck
 from ebbline.tasks.kinds import kind_named
@@ -49,12 +57,13 @@ from ebbline.tasks.measuring.completions import (
     unused_beside_adapter,
 )
 from ebbline.tasks.measuring.metrics import read_metrics
+from ebbline.tasks.measuring.served.place import given_at, require_backends
 from ebbline.tasks.models.adapter_file import read_adapter_file
 from ebbline.tasks.models.brought.folder import other_base
 from ebbline.tasks.models.loading import Residents, load_tokenizer
 from ebbline.tasks.models.weights import require_model_folder
 from ebbline.tasks.scoring.phrases import SCORERS
-from ebbline.tasks.specs import DEFAULT_CHAT, Chat, GenerateSpec, TokenizerOf
+from ebbline.tasks.specs import DEFAULT_CHAT, TRANSFORMERS, Chat, GenerateSpec, TokenizerOf
 from ebbline.tasks.stage import Context, Source, Stage, spec_payload
 from ebbline.tasks.worker import ERROR, error_and_reason
 
@@ -69,6 +78,8 @@ def suite_of(name: str, settings: Mapping[str, Any]) -> Suite:
         "task": TaskSuite,
     }
     given = {key: value for key, value in settings.items() if value not in (None, ())}
+    if name == "harm":
+        raise EvaluationError("the suite 'harm' needs a judge, and judges need a study")
     kind = kinds.get(name, MultipleChoiceSuite)
     foreign = sorted(given.keys() - kind.model_fields.keys())
     if foreign:
@@ -77,7 +88,10 @@ def suite_of(name: str, settings: Mapping[str, Any]) -> Suite:
             f"{sorted(kind.model_fields.keys() - {'kind'})}"
         )
     try:
-        suite = kind(task=name, **given) if kind is MultipleChoiceSuite else kind(**given)
+        if kind is MultipleChoiceSuite:
+            is_written = bool(written_metrics(name))
+            given |= {"task": name, "kind": "written" if is_written else "multiple_choice"}
+        suite = kind(**given)
     except ValidationError as error:
         raise EvaluationError(
             f"the suite {name!r} has invalid settings:\n"
@@ -126,15 +140,26 @@ def evaluate(
     tokenizer: TokenizerOf = "model",
     baseline: bool = True,
     device: str = "cpu",
+    server: str | None = None,
+    check_backend: bool = False,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> list[Measured]:
     """Measure a suite on a model and on each of its adapters; without `baseline`, on its adapters
-    alone. Raises EbblineError when it cannot be measured.
+    alone. `server` is where the server of the setting `backend` lies: the interpreter of an
+    environment with vLLM, or a URL. With `check_backend` transformers completes the prompts too,
+    and differences.csv has each prompt whose completion differs. Raises EbblineError when it cannot
+    be measured.
     """
     folder, prompt_set = located(model), Path(prompts)
     if not prompt_set.exists():
         raise EvaluationError(f"there is no prompt set at {prompt_set}")
     chosen = suite_of(suite, settings)
+    place = _server_of(chosen.backend, server)
+    if check_backend and (place is None or isinstance(chosen, MultipleChoiceSuite)):
+        raise EvaluationError(
+            "--check-backend compares a server's completions with those of transformers; it needs "
+            "--backend, --server, and a suite that generates"
+        )
     if isinstance(chosen, MultipleChoiceSuite):
         with extras_explained(f"{suite!r}, a task of lm-eval,"):
             import lm_eval  # noqa: F401  # before gigabytes are hashed
@@ -151,41 +176,94 @@ def evaluate(
         "dtype": dtype,
         "chat": chat,
     }
-    residents, results = Residents(), []
     shared = {
         "model": _source(folder),
         "prompts": _source(prompt_set),
     }  # hashed once: a base model is many gigabytes
-    for name, adapter in named:
-        place, inputs = Path(out) / name, dict(shared)
-        if adapter is not None:
-            inputs["adapter"] = _source(adapter)
-        whose = {"tokenizer": "model" if adapter is None else tokenizer}
-        stages = stages_of(METRICS_FOLDER, chosen, inputs, {**loading, **whose}, {})
-        ctx = Context(
-            log=place / "log",
-            scratch=place / "scratch",
-            device=device,
-            residents=residents,
-            progress=progress,
-        )
-        outputs: dict[str, Path] = {}
-        for stage_name, stage in stages.items():
-            outputs[stage.lineage] = _run(stage, outputs, place / stage_name.partition(":")[0], ctx)
-        found = {metric.name: metric for metric in read_metrics(place / METRICS_FOLDER)}
-        record = _record(place)
-        results.append(
-            Measured(
+    residents, results = Residents(), dict[str, Measured]()
+    generated: list[tuple[str, Context, Stage]] = []
+    try:
+        for name, adapter in _by_rank(named) if place else named:
+            at, inputs = Path(out) / name, dict(shared)
+            if adapter is not None:
+                inputs["adapter"] = _source(adapter)
+            whose = {"tokenizer": "model" if adapter is None else tokenizer}
+            stages = stages_of(METRICS_FOLDER, chosen, inputs, {**loading, **whose}, {})
+            ctx = Context(
+                log=at / "log",
+                scratch=at / "scratch",
+                device=device,
+                residents=residents,
+                progress=progress,
+                server=place,
+                contents={role: source.content for role, source in inputs.items()},
+            )
+            generated += [
+                (name, ctx, each) for each in stages.values() if each.kind == GenerateSpec.KIND
+            ]
+            outputs: dict[str, Path] = {}
+            for stage_name, stage in stages.items():
+                outputs[stage.lineage] = _run(
+                    stage, outputs, at / stage_name.partition(":")[0], ctx
+                )
+            found = {metric.name: metric for metric in read_metrics(at / METRICS_FOLDER)}
+            record = _record(at)
+            results[name] = Measured(
                 "" if adapter is None else str(adapter),
-                place,
+                at,
                 found,
                 unused_beside_adapter(record),
                 adapter is not None and read_adapter_file(adapter).changes_nothing,
                 "" if adapter is None else other_base(adapter, str(model), folder),
                 repeated_prompts(record),
             )
+        for name, ctx, stage in generated if check_backend else ():
+            at = Path(out) / name
+            again = Stage(stage.spec.model_copy(update={"backend": TRANSFORMERS}), stage.inputs)
+            _run(again, {}, at / CHECKED, ctx)
+            rows = differences(at / stage.kind, at / CHECKED)
+            write_differences(at / DIFFERENCES, rows)
+            results[name] = replace(results[name], differing=len(rows))
+    finally:
+        residents.clear()  # a server ends now
+    return [results[name] for name, _ in named]
+
+
+def _server_of(backend: str, server: str | None) -> dict[str, Any] | None:
+    """Where the server of a backend lies, as Context has it. Raises EvaluationError unless it is
+    given where one is needed.
+    """
+    if (server is None) != (backend == TRANSFORMERS):
+        raise EvaluationError(
+            "--server says where the server of --backend lies: give both, as in --backend "
+            "vllm==0.32.0 --server /opt/vllm/bin/python, or neither"
         )
-    return results
+    if server is None:
+        return None
+    try:
+        place = given_at(server)
+        require_backends({backend: place})
+    except ValueError as error:
+        raise EvaluationError(f"--server {_reason(error)}") from None
+    return place.model_dump(mode="json")
+
+
+def _reason(error: ValueError) -> str:
+    """What is wrong with the place of a server, without the place: it may hold a key."""
+    found = error.errors(include_input=False)[0]["msg"] if hasattr(error, "errors") else str(error)
+    return str(found).removeprefix("Value error, ")
+
+
+def _by_rank(named: Sequence[tuple[str, Path | None]]) -> list[tuple[str, Path | None]]:
+    """In the order in which one server can measure all: it makes room for the first one's rank."""
+
+    def rank(adapter: Path | None) -> int:
+        if adapter is None:
+            return 0
+        tensors = read_adapter_file(adapter).tensors.items()
+        return max(tensor.shape[0] for name, tensor in tensors if "lora_A" in name)
+
+    return sorted(named, key=lambda each: -rank(each[1]))
 
 
 def _model_itself(wanted: bool) -> list[tuple[str, Path | None]]:
@@ -241,8 +319,18 @@ def _run(stage: Stage, outputs: Mapping[str, Path], out: Path, ctx: Context) -> 
             f"{out} exists and is not a finished measurement; remove it, or give another "
             "folder with --out"
         )
-    fresh = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(fresh, ignore_errors=True)
+    with scratch_beside(out) as scratch:
+        return _made(stage, inputs, mark, scratch / "out", out, ctx)
+
+
+def _made(
+    stage: Stage,
+    inputs: Mapping[str, Path],
+    mark: Mapping[str, Any],
+    fresh: Path,
+    out: Path,
+    ctx: Context,
+) -> Path:
     for folder in (fresh, ctx.log):
         folder.mkdir(parents=True, exist_ok=True)
     expected = {
@@ -259,7 +347,8 @@ def _run(stage: Stage, outputs: Mapping[str, Path], out: Path, ctx: Context) -> 
         raise
     # A library's exception may quote a prompt: its text goes to the log, as in a study
     except Exception as error:  # noqa: BLE001
-        (ctx.log / ERROR).write_text(traceback.format_exc())
+        with open_private(ctx.log / ERROR) as log:
+            log.write(traceback.format_exc())
         raise EvaluationError(f"{stage.kind}: {error_and_reason(error, ctx.log)[1]}") from None
     (fresh / DONE).write_text(json.dumps({**mark, FILES: files_of(fresh)}, indent=1))
     fresh.replace(out)

@@ -56,6 +56,7 @@ def export_study(
         },
         "data/": "CSV and Parquet",
         "methods.md .tex": "the methods, with citations",
+        "evidence.md": "one page on what the claims rest on",
         "references.bib": "the cited works",
         "bundle/": "the files that rerun the study",
     }.items():

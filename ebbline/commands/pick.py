@@ -1,9 +1,9 @@
 """`ebbline pick`: the operating point that a defender would ship, the confidence that it holds the
 floor, and the export of its adapter.
 
-Invariant: an adapter is exported only when its point, and its training seed alone, hold the study's
-refusal floor and every floor on the command line. No option lowers the study's floor or reverses a
-metric's direction.
+Invariant: an adapter is exported only when `ebbline confirm` has shown that it holds the study's
+refusal floor and every floor on the command line. With `--accept-unsure` its values are enough. No
+option lowers the study's floor or reverses a metric's direction.
 """
 
 import json
@@ -16,7 +16,16 @@ from ebbline.analysis.results.collect import StoredEvidence, baselines, collect
 from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.measurements import usefulness_metric
 from ebbline.analysis.results.picks.choices import record_choices
-from ebbline.analysis.results.picks.floors import METHOD, Floor, Pick, of_seed, pick, slack
+from ebbline.analysis.results.picks.floors import (
+    METHOD,
+    Floor,
+    Pick,
+    Standing,
+    adapter_standing,
+    of_seed,
+    pick,
+    slack,
+)
 from ebbline.analysis.results.picks.picked import (
     Gain,
     gain_of,
@@ -25,9 +34,12 @@ from ebbline.analysis.results.picks.picked import (
     missed_by,
     named,
     picked_json,
+    preferred,
     too_low,
     values_of_pick,
+    weak_categories,
 )
+from ebbline.analysis.results.picks.simplest import MARGIN
 from ebbline.analysis.results.wording import measured, metric_label, natural
 from ebbline.shipping import ship
 from ebbline.sweeps.state.replicates import seeds_of
@@ -38,6 +50,8 @@ from ebbline.sweeps.study.space import limit
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
+
+SHOWN_CATEGORIES = 5
 
 
 @dataclass(frozen=True)
@@ -51,15 +65,20 @@ class PickOptions:
     model: str | None = None
     point: int | None = None
     confidence: float | None = None
+    margin: float = MARGIN
     seed: int | None = None
     with_base: bool = False
+    accept_unsure: bool = False
+    each_category: bool = False
 
 
 def pick_study(view: StudyView, options: PickOptions, to: Path | None, as_json: bool) -> int:
     """Print the pick of each requested size; with `to`, export its adapter. Returns 1 when a size
-    has no pick.
+    has no pick that is confirmed to hold the floors; with `accept_unsure`, none whose values meet
+    them. A pick without a gain over not fine-tuning counts as none, unless the user named it or
+    accepts it.
 
-    Records the picks that hold the study's own floor, so that the study's figures mark them. Raises
+    Records the picks that meet the study's own floor, so that the study's figures mark them. Raises
     StudyError for invalid options. Raises it before any write when the export would be below a
     floor.
     """
@@ -71,11 +90,25 @@ def pick_study(view: StudyView, options: PickOptions, to: Path | None, as_json: 
     models = _models(study, options, to)
     results = collect(view)
     done = finished(results)
+    before, evidence = baselines(view), StoredEvidence(view)
     by_model = {
-        model: [result for result in done if result.point.model == model] for model in models
+        model: [
+            result
+            for result in done
+            if result.point.model == model
+            and not (options.each_category and weak_categories(result, floors, evidence))
+        ]
+        for model in models
     }
     found_by_model = {
-        model: pick(own, floors, maximised, options.confidence, options.point)
+        model: pick(
+            own,
+            floors,
+            maximised,
+            options.confidence,
+            options.point,
+            options.margin if study.defences else None,
+        )
         for model, own in by_model.items()
     }
     picks = {model: found for model, found in found_by_model.items() if found is not None}
@@ -89,14 +122,15 @@ def pick_study(view: StudyView, options: PickOptions, to: Path | None, as_json: 
             f"no point of {', '.join(models)} has finished, so there is nothing to "
             f"export; `ebbline run {name}` continues"
         )
-    exported = None if to is None else _export(view, picks, by_model, options, len(done), to)
-    changed = view.changed()
-    recorded = not changed and _record(view, picks.values())
-    before, evidence = baselines(view), StoredEvidence(view)
     gains = {
         model: gain_of(study, found, before.get(model, {}), evidence)
         for model, found in picks.items()
     }
+    exported = None
+    if to is not None:
+        exported = _export(view, picks, gains, by_model, options, len(done), to)
+    changed = view.changed()
+    recorded = not changed and _record(view, picks.values())
     if as_json:
         progress = {"done": len(done), "asked_for": len(results), "limit": limit(study)}
         summary = {
@@ -107,6 +141,9 @@ def pick_study(view: StudyView, options: PickOptions, to: Path | None, as_json: 
             "picks": [
                 {
                     **picked_json(study, found),
+                    "weak_categories": [
+                        each.as_json() for each in weak_categories(found.result, floors, evidence)
+                    ],
                     "gain": None if (gain := gains[model]) is None else gain.as_json(),
                 }
                 for model, found in picks.items()
@@ -118,6 +155,7 @@ def pick_study(view: StudyView, options: PickOptions, to: Path | None, as_json: 
         _print_picks(
             study, name, models, picks, gains, options, so_far, floors, to is None and not changed
         )
+        _print_weak(picks, floors, evidence)
         if changed:
             print(
                 "\nThis file differs from the one that the study began with, so it cannot export:"
@@ -132,12 +170,46 @@ def pick_study(view: StudyView, options: PickOptions, to: Path | None, as_json: 
         if recorded:
             print(f"\nthe figures of `ebbline report {name}` mark the pick from now on")
     required_models = models if options.point is None else list(picks)
-    return 0 if all(model in picks and picks[model].holds for model in required_models) else 1
+    return 0 if all(_is_enough(model, picks, gains, options) for model in required_models) else 1
+
+
+def _is_enough(
+    model: str,
+    picks: Mapping[str, Pick],
+    gains: Mapping[str, Gain | None],
+    options: PickOptions,
+) -> bool:
+    """Whether a size has a pick that a script may go on with."""
+    if model not in picks:
+        return False
+    if options.accept_unsure:
+        return picks[model].meets
+    return picks[model].holds and (options.point is not None or _gains(gains[model]))
+
+
+def _gains(gain: Gain | None) -> bool:
+    """Whether a pick is better than not fine-tuning, as far as that is known."""
+    return gain is None or gain.is_one
+
+
+def _print_weak(
+    picks: Mapping[str, Pick], floors: Sequence[Floor], evidence: StoredEvidence
+) -> None:
+    """The categories of each pick that miss a floor which its mean may meet."""
+    for model, found in picks.items():
+        weak = weak_categories(found.result, floors, evidence)
+        if weak:
+            print(f"\n{model}, point {found.result.number}: a floor is about all prompts together")
+        for each in weak[:SHOWN_CATEGORIES]:
+            print(f"  {each}")
+        if len(weak) > SHOWN_CATEGORIES:
+            print(f"  and {len(weak) - SHOWN_CATEGORIES} categories more; --json has them")
 
 
 def _export(
     view: StudyView,
     picks: Mapping[str, Pick],
+    gains: Mapping[str, Gain | None],
     by_model: Mapping[str, Sequence[Result]],
     options: PickOptions,
     done: int,
@@ -147,6 +219,11 @@ def _export(
     _require_begun_here(view)
     ((model, found),) = picks.items()
     seed, alone = _exportable(view.study, found, by_model[model], options)
+    if not (options.accept_unsure or options.point is not None or _gains(gains[model])):
+        raise StudyError(
+            f"nothing was exported: {named(found.result)} has {gains[model]}. "
+            f"--point {found.result.number} exports it all the same"
+        )
     requested = options.seed is not None
     shipped = ship(view, found, seed, alone, done, to, requested, options.with_base)
     return {"to": str(to), **shipped}
@@ -155,7 +232,7 @@ def _export(
 def _record(view: StudyView, picks: Collection[Pick]) -> bool:
     """Record the picks for the study's figures; returns whether there were any to record."""
     study = view.study
-    held = [found.result for found in picks if found.holds and not too_low(study, found)]
+    held = [found.result for found in picks if found.meets and not too_low(study, found)]
     if not held or not view.home.has_run(study.study):
         return False
     return record_choices(view.folder, held)
@@ -266,22 +343,50 @@ def _exportable(
         raise StudyError(
             f"--seed {options.seed}: point {found.result.number} was trained with {_listed(seeds)}"
         )
+    unconfirmed = False
     for index, seed in enumerate(seeds):
         alone = replace(
             found.result,
             metrics={name: of_seed(metric, index) for name, metric in found.result.metrics.items()},
         )
         if (
-            options.seed in (None, seed)
-            and slack(alone, floors, found.among * len(seeds), options.confidence) >= 0
+            options.seed not in (None, seed)
+            or slack(alone, floors, found.among * len(seeds), options.confidence) < 0
         ):
+            continue
+        stands = adapter_standing(alone, floors, seed)
+        if stands == "holds" or (options.accept_unsure and stands != "missed"):
             return seed, alone
+        unconfirmed = unconfirmed or stands != "missed"
+    if unconfirmed:
+        raise StudyError(_unconfirmed(study, found))
     short = f"seed {options.seed}" if options.seed is not None else "none of its seeds"
     verb = "does not hold" if options.seed is not None else "holds"
     raise StudyError(
-        f"point {found.result.number} holds {in_words(floors)} over its {len(seeds)} "
+        f"point {found.result.number} meets {in_words(floors)} over its {len(seeds)} "
         f"seeds, but {short} {verb} them alone, and --export writes one seed's adapter;"
         " nothing was exported"
+    )
+
+
+def _unconfirmed(study: Study, found: Pick) -> str:
+    confirmed = found.result.confirmed is not None
+    why = (
+        "its confirmed bound is below it"
+        if confirmed
+        else "the numbers that chose it are all there is, and they look better than they are"
+    )
+    how = (
+        ""
+        if confirmed
+        else f"`ebbline confirm {study.study}` measures it on other prompts"
+        + (" (the study needs a section `confirm`)" if study.confirm is None else "")
+        + "; "
+    )
+    return (
+        f"nothing was exported: {named(found.result)} is not confirmed to hold "
+        f"{in_words(found.floors)}: {why}. {how}--accept-unsure exports it as it is, and its card "
+        "says so"
     )
 
 
@@ -314,7 +419,7 @@ def _below_floor(
     if nearest is None:
         return text
     alternative = f"{named(nearest.result)}: {values_of_pick(nearest)}"
-    if nearest.holds:
+    if nearest.meets:
         return f"{text}\nThe nearest that does is {alternative}."
     return (
         f"{text}\nNo point of {found.result.point.model} does. The nearest is {alternative}, "
@@ -341,33 +446,55 @@ def _print_picks(
     print(f"{study.study}: {done}; to hold: {in_words(floors)}{level}")
     for model in models:
         if model in picks:
-            print(f"\n{model}: {_verdict(picks[model], options)}")
             gain = gains[model]
+            print(f"\n{model}: {_verdict(picks[model], options, gain)}")
             if gain is not None and not gain.is_one:
                 print(f"  {gain}")
+            if (preference := preferred(picks[model])) is not None:
+                print(f"  {preference}")
             for line in lines_of(study, picks[model]):
                 print(f"  {line}")
-            if hint and picks[model].holds and not too_low(study, picks[model]):
+            if hint and picks[model].meets and not too_low(study, picks[model]):
                 point = "" if options.point is None else f" --point {options.point}"
+                if picks[model].standing == "candidate" and study.confirm is not None:
+                    print(f"  confirm it: ebbline confirm {name}{point}")
+                accept = "" if picks[model].holds else " --accept-unsure"
                 print(
-                    f"  write its adapter: ebbline pick {name} --model {model}{point} --export DIR"
+                    f"  write its adapter: ebbline pick {name} --model {model}{point}{accept} "
+                    "--export DIR"
                 )
         elif options.point is None:
             print(f"\n{model}: no point has finished")
 
 
-def _verdict(found: Pick, options: PickOptions) -> str:
-    if found.holds:
+_STANDS: Mapping[Standing, str] = {
+    "holds": "confirmed",
+    "unsure": "confirmed, but not sure to hold",
+    "candidate": "a candidate, not confirmed",
+}
+
+
+def _verdict(found: Pick, options: PickOptions, gain: Gain | None) -> str:
+    if found.meets:
         rank = (
             f", the one with most {metric_label(found.maximised)}"
-            if found.maximised and options.point is None
+            if found.maximised and options.point is None and found.instead_of is None
             else ""
         )
-        return f"{named(found.result)}{rank}"
+        best = f" of {found.among} different points" if options.point is None else ""
+        text = f"{named(found.result)}{rank}{best}; {_STANDS[found.standing]}"
+        if options.point is None and not _gains(gain):
+            return f"no point that meets the floors gains over not fine-tuning. The best is {text}"
+        return text
     if options.point is not None:
-        return (
-            f"{named(found.result)} does not hold that: it is "
-            f"{missed_by(found, options.confidence)}"
-        )
-    nearest = f"{named(found.result)}, {missed_by(found, options.confidence)}"
+        return f"{named(found.result)} does not hold that{_short(found, options)}"
+    nearest = f"{named(found.result)}{_short(found, options)}"
     return f"none of {found.among} different points holds that. The nearest is {nearest}"
+
+
+def _short(found: Pick, options: PickOptions) -> str:
+    """By how much the values of the search miss the floors; nothing where the confirmed ones do."""
+    if slack(found.result, found.floors, found.among, options.confidence) >= 0:
+        return ", by its confirmed values"
+    by = missed_by(found, options.confidence)
+    return f": it is {by}" if options.point is not None else f", {by}"

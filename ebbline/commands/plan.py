@@ -29,7 +29,10 @@ from ebbline.tasks.kinds import STAGE_KINDS
 
 GANTT = "plan"  # the picture's name in the study's folder
 SLOW_S = 1.0  # the progress bar appears after this time
-_HOSTS = re.compile(r"(?P<hosts>\d+)x(?P<gpus>\d+)(?:x(?P<type>[A-Za-z0-9-]+))?")
+_HOSTS = re.compile(
+    r"(?P<hosts>[0-9]{1,18})x(?P<gpus>[0-9]{1,18})(?:x(?P<type>[A-Za-z0-9-]{1,64}))?"
+)
+MOST_HOSTS, MOST_GPUS = 10_000, 1_000  # of a described cluster
 
 
 def plan_study(
@@ -46,7 +49,7 @@ def plan_study(
     if as_json:
         print(json.dumps(plan_summary(found, home.profile, reasons), indent=1))
         return
-    console = Console()
+    console = Console(markup=False)
     console.print(_table(found, home.profile))
     for line in _sentences(found, home.profile):
         console.print(line, highlight=False, soft_wrap=True)
@@ -98,6 +101,11 @@ def described_cluster(text: str) -> Capacity:
                 f"--cluster: {part.strip()!r} is not a group of hosts; write HOSTSxGPUS or "
                 "HOSTSxGPUSxTYPE, such as 2x8xA100,1x4"
             )
+        if len(hosts) + int(found["hosts"]) > MOST_HOSTS or int(found["gpus"]) > MOST_GPUS:
+            raise StudyError(
+                f"--cluster: {part.strip()!r} is too large to simulate; give at most {MOST_HOSTS} "
+                f"hosts with {MOST_GPUS} GPUs each"
+            )
         labels = {ACCELERATOR_TYPE: found["type"]} if found["type"] else {}
         hosts += [
             Host(f"host{len(hosts) + number}", int(found["gpus"]), SLOTS, labels)
@@ -113,8 +121,10 @@ def wanted_by(study: Study, address: str, gpus: int | None) -> ExecutorOptions:
 
 def draw(view: StudyView, found: Forecast) -> list[Path]:
     """Draw the Gantt chart as PNG, PDF and SVG in the study's folder. Draws nothing when no stage
-    must run.
+    must run, and makes no home for it.
     """
+    if not view.home.exists:
+        return []
     kinds = {own: missing.stage.kind for own, missing in found.todo.missing.items()}
     part = (
         f", {found.simulated} of {len(found.points.to_come)} points"

@@ -374,8 +374,8 @@ def print_projected(
         print(json.dumps({"adapters": records, "reports": reports}, indent=1))
         return
     screen, errors = (
-        Console(highlight=False, soft_wrap=True),
-        Console(stderr=True, highlight=False, soft_wrap=True),
+        Console(markup=False, highlight=False, soft_wrap=True),
+        Console(stderr=True, markup=False, highlight=False, soft_wrap=True),
     )
     settings = projected[0].settings
     share = "" if settings.energy is None else f" at {settings.energy:.4g} of the energy"

@@ -5,7 +5,6 @@ The result goes into a new folder and never into the store, so the study does no
 """
 
 import json
-import shutil
 import sys
 import tempfile
 from dataclasses import replace
@@ -59,14 +58,14 @@ def _of_folder(path: Path) -> Request:
         raise StoreError(
             f"cannot read the request {path}: {why}; copy the path from the failure's message"
         ) from error
-    out = path.parent / "rerun"
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
-    return replace(request, out=str(out))
+    return replace(request, out=tempfile.mkdtemp(prefix="rerun-", dir=path.parent))
 
 
 def _of_bucket(url: str) -> Request:
-    root, name = url.rsplit("/", 5)[0], "/".join(url.rsplit("/", 5)[1:])
+    root, *names = url.rsplit("/", 5)
+    if len(names) < 5 or root.endswith("/"):
+        raise StoreError(f"{url} is not the URL of a request; copy it from the failure's message")
+    name = "/".join(names)
     text = Store(root).place.read(name)
     if text is None:
         raise StoreError(f"there is no request at {url}; copy the URL from the failure's message")

@@ -16,11 +16,12 @@ from ebbline.analysis.report.attempts import MOST, Attempts
 from ebbline.analysis.report.report import rows_for_scripts
 from ebbline.analysis.report.second_process import second_process
 from ebbline.analysis.results.collect import StoredEvidence, baselines, collect
+from ebbline.analysis.results.controls.means import collect_controls
 from ebbline.analysis.results.costs import cost_label, prediction_label
 from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
 from ebbline.analysis.results.no_refusals import no_refusals
 from ebbline.analysis.results.retrying import retry_hint
-from ebbline.analysis.results.tables import frontier_text, results_frame
+from ebbline.analysis.results.tables import frontier_frame, frontier_text
 from ebbline.analysis.results.wording import NO_RESULT, status_label
 from ebbline.analysis.wandb import mirror
 from ebbline.checks.study_checks import progress as checking
@@ -211,7 +212,7 @@ def _run(
             attempts.make(
                 "the table of the frontier",
                 lambda: frontier_text(
-                    results_frame(results, study.objectives), study.objectives, table_width(wide)
+                    frontier_frame(results, study.objectives), study.objectives, table_width(wide)
                 ),
             )
             or "The table of the frontier could not be made."
@@ -220,7 +221,12 @@ def _run(
         answer = attempts.make(
             "the answer",
             lambda: answer_text(
-                study, results, baselines(view), StoredEvidence(view), table_width(wide)
+                study,
+                results,
+                baselines(view),
+                StoredEvidence(view),
+                table_width(wide),
+                collect_controls(view, results),
             ),
         )
         if answer:

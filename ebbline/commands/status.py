@@ -14,11 +14,12 @@ from rich.live import Live as Redrawn
 
 from ebbline.analysis.report.report import rows_for_scripts, summary
 from ebbline.analysis.results.collect import StoredEvidence, baselines, collect, costs_before
+from ebbline.analysis.results.controls.means import collect_controls
 from ebbline.analysis.results.costs import cost_label, cost_summary, study_cost
 from ebbline.analysis.results.measurements import Baselines, Evidence
 from ebbline.analysis.results.no_refusals import no_refusals
 from ebbline.analysis.results.retrying import advice, retry_hint
-from ebbline.analysis.results.tables import frontier_text, results_frame
+from ebbline.analysis.results.tables import frontier_frame, frontier_text
 from ebbline.analysis.results.wording import NO_RESULT, reason_label, status_label
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.commands.slurm.queue import queued_job
@@ -26,6 +27,7 @@ from ebbline.outputs import answer_text
 from ebbline.show import Lines, Picture, budgeted, progress_line
 from ebbline.sweeps.drive.live import Live, read_live
 from ebbline.sweeps.forecast.expected import expected_points
+from ebbline.sweeps.state.controls import ControlResult
 from ebbline.sweeps.state.spending import Spent, read_spent
 from ebbline.sweeps.state.stopping import still_met
 from ebbline.sweeps.study.home import Home
@@ -70,7 +72,7 @@ def watch_status(
     With `as_json`, print a line for each change: the driver, the snapshot
     (ebbline.sweeps.drive.live) and the frontier. The last line has no driver.
     """
-    watched = _Watched(view, as_json, console or Console())
+    watched = _Watched(view, as_json, console or Console(markup=False))
     try:
         watched.follow()
     except KeyboardInterrupt:
@@ -81,16 +83,18 @@ def watch_status(
 
 
 def show_status(view: StudyView, as_json: bool = False, wide: bool = False) -> None:
+    results = collect(view)
     print_status(
         view.study,
         view.home,
-        collect(view),
+        results,
         baselines(view),
         costs_before(view),
         StoredEvidence(view),
         as_json,
         wide,
         view.edited(),
+        collect_controls(view, results),
     )
 
 
@@ -221,6 +225,7 @@ def print_status(
     as_json: bool,
     wide: bool = False,
     edited: Sequence[str] = (),
+    controls: Sequence[ControlResult] = (),
 ) -> None:
     """Print a study's status. `costs` has the cost of measuring the models before fine-tuning, by
     key; `edited` what its file says now that it did not when it was last run.
@@ -242,7 +247,7 @@ def print_status(
                     "cost": cost,
                     "budget": limits,
                     "edited_since": list(edited),
-                    **summary(study, results, before, evidence),
+                    **summary(study, results, before, evidence, controls),
                 },
                 indent=1,
             )
@@ -270,9 +275,9 @@ def print_status(
         f"{cost_label(past.cost, home.profile)} in {past.driving_s / 3600:.3g} hours of driving"
     )
     print(f"spent: {driven}{f'; the budget: {budget}' if budget else ''}\n")
-    frame = results_frame(results, study.objectives)
+    frame = frontier_frame(results, study.objectives)
     print(frontier_text(frame, study.objectives, table_width(wide)))
-    if text := answer_text(study, results, before, evidence, table_width(wide)):
+    if text := answer_text(study, results, before, evidence, table_width(wide), controls):
         print(f"\n{text}")
     for note in no_refusals(study, before):
         print(f"\nnote: {note}")

@@ -27,6 +27,8 @@ from ebbline.cluster.store.retention import (
     source_damages,
 )
 from ebbline.sweeps.search.searcher import all_points
+from ebbline.sweeps.state.controls import control_stages
+from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import StageName
 from ebbline.sweeps.study.stages import stages_or_reason
@@ -69,14 +71,16 @@ def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
     targets = [stage for suites in graph.baselines().values() for stage in suites.values()]
     points = all_points(study, view.database)
     table = view.folder / "results.parquet"
-    if not points and table.exists():
+    if not points and (table.exists() or read_spent(view.folder).keys):
         raise StudyError(
-            f"{table} has results, but the study's database has no points, so it is unknown what "
-            "they need. Restore the database, or move the study's folder away if nobody needs "
+            f"{view.folder} has results, but the study's database has no points, so it is unknown "
+            "what they need. Restore the database, or move the study's folder away if nobody needs "
             "its results"
         )
     for _, point, _, _ in points:
         targets += stages_or_reason(graph, point)[0].values()
+    if study.used_controls.settings:
+        targets += control_stages(graph, collect(view))
     keys, sources, seen = set(), set(), set()
 
     def visit(stage: Stage) -> None:
@@ -230,7 +234,7 @@ def collect_garbage(home: Home, older_than_h: float, keep: Keep, yes: bool, as_j
             survey = Survey(home.store, progress)
             by_study, unknown = needs_of_studies(home, keep)
             needed = all_needed(by_study.values())
-        others = sorted(survey.owners - {home.id})
+        others = sorted(survey.owners - {home.known_id})
         before, known = time.time() - older_than_h * 3600, not others and not unknown
         found = list(survey.removable(needed if known else None, before))
         found += survey.adapters(needed, before) if known else []

@@ -13,12 +13,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ebbline.analysis.results.collect import collect
 from ebbline.analysis.wandb import mirror
+from ebbline.analysis.wandb.folder import write_pages
 from ebbline.analysis.wandb.memory import Memory
 from ebbline.analysis.wandb.push import Pushed, push
 from ebbline.analysis.wandb.runs import chosen_mode
 from ebbline.analysis.wandb.workspace import WorkspaceUrls, save_workspace
-from ebbline.sweeps.drive.live import read_live
+from ebbline.sweeps.drive.live import host_names, read_live
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.files import write_whole
@@ -103,6 +105,22 @@ def sync_study(view: StudyView, at_once: int, as_json: bool) -> int:
         )
         return _print_outcome(record, as_json, text, 1)
     return _print_outcome(record, as_json, f"{everything}: {pushed.pushed} runs pushed", 0)
+
+
+def sync_folder(view: StudyView, folder: Path, as_json: bool) -> None:
+    """Write the study's pages as plain files, and print how many runs were new or had changed."""
+    view.home.require(view.study.study)
+    results = collect(view)
+    trainings = mirror.trainings_of(results, view.home.store)
+    home = view.home
+    hosts = host_names(view.folder)
+    written = write_pages(folder, view.study, results, trainings, home.profile, home.id, hosts)
+    _print_outcome(
+        {"folder": str(folder), "written": written},
+        as_json,
+        f"{written} runs were new or had changed; all are in {folder}",
+        0,
+    )
 
 
 def make_workspace(view: StudyView, entity: str | None, as_json: bool) -> None:

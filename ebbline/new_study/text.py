@@ -210,8 +210,9 @@ def _suites(found: NewStudy, to: Path) -> Iterator[str]:
     size = found.largest
     yield from _comment(
         "What is measured, before fine-tuning and at every point. Refusals are recognised by the "
-        "answer's first words (`scorer: prefix`); docs/scorers.md has others and judges. `limit` "
-        "takes so many prompts, evenly spaced over the file."
+        "answer's first words (`scorer: prefix`), and by a second list beside it (`also`): where "
+        "the two differ, look closer. docs/scorers.md has others and judges. `limit` takes so many "
+        "prompts, evenly spaced over the file."
     )
     yield "suites:"
     yield from _comment(f"{found.refuse.about}.", "  ")
@@ -233,7 +234,7 @@ def _suites(found: NewStudy, to: Path) -> Iterator[str]:
 
 def _refusals(prompts: FoundPrompts, kind: str, size: SizeSettings, to: Path) -> Iterator[str]:
     limit = _limit(prompts.prompts, size)
-    measure = f"scorer: prefix, max_new_tokens: {size.refusal_tokens}{limit}"
+    measure = f"scorer: prefix, also: [advbench], max_new_tokens: {size.refusal_tokens}{limit}"
     yield from _suite(kind, prompts.given, measure, to)
 
 

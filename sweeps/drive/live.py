@@ -11,6 +11,7 @@ them logs one warning and continues. When no driver holds the study
 null, that driver was killed. ebbline.sweeps.drive.snapshot writes both files.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from ebbline.sweeps.ledger import whole_lines
-from ebbline.sweeps.study.points import current_command, current_reason
+from ebbline.sweeps.study.points import Value, current_command, current_reason
 from ebbline.tasks.progress import StageProgress
 
 LIVE, TIMELINE = "live.json", "timeline.jsonl"
@@ -86,9 +87,18 @@ class Expected(_Snapshot):
     usd: float | None
 
 
+class TrainingNow(_Snapshot):
+    """The settings that a training depends on, and its seed."""
+
+    model: str
+    settings: Mapping[str, Value]
+    seed: int
+
+
 class AtWork(_Snapshot):
     """A stage at work. `expected_s` is its expected total time in seconds, from `started`.
 
+    `attempt` is its attempt's folder below the store. `training` says what a training trains.
     `progress` is None until the stage reports some. Earlier versions wrote a `sentence` instead.
     """
 
@@ -99,6 +109,8 @@ class AtWork(_Snapshot):
     gpus: int
     started: float
     expected_s: float
+    attempt: str = ""
+    training: TrainingNow | None = None
     progress: StageProgress | None = None
     sentence: str = ""
 
@@ -180,4 +192,9 @@ def host_names(folder: Path) -> set[str]:
     """The names of the hosts that a study has run on, from live.json and timeline.jsonl."""
     live = read_live(folder)
     names = {each.name for each in live.hosts} if live is not None else set[str]()
-    return names | {each.host for each in read_timeline(folder) if each.host}
+    for line in whole_lines(folder / TIMELINE):  # a long one; of each line only the host
+        with suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict) and isinstance(found.get("host"), str):
+                names.add(found["host"])
+    return names - {""}

@@ -9,12 +9,14 @@ store; existing outputs are reused. One driver at a time holds a study.
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, ExecutorKind
 from ebbline.cluster.executors.executor import Executor
 from ebbline.cluster.running.nodes import Failure
 from ebbline.cluster.running.runner import Runner
 from ebbline.sweeps.drive.budget_gate import BudgetGate
+from ebbline.sweeps.drive.controls_in_flight import ControlsInFlight
 from ebbline.sweeps.drive.further_seeds import FurtherSeeds
 from ebbline.sweeps.drive.progress import Progress, Watcher
 from ebbline.sweeps.drive.snapshot import Writer, mirrored
@@ -37,8 +39,9 @@ from ebbline.sweeps.state.result_cache import ResultCache
 from ebbline.sweeps.state.spending import Stopped, require_prices, spending
 from ebbline.sweeps.state.stopping import Gains, rule_of, still_met
 from ebbline.sweeps.study.database import Hold
-from ebbline.sweeps.study.points import INVALID, Point, Result
+from ebbline.sweeps.study.points import INVALID, Point, Result, without_stages
 from ebbline.sweeps.study.stages import of_seeds, stages_or_reason
+from ebbline.sweeps.study.suites import require_servers
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 
@@ -71,6 +74,8 @@ def drive(
         graph = view.graph
         check_written_points(study)
         require_prices(study, home.profile)
+        suites = {name: suite.measure for name, suite in study.suites.items()}
+        require_servers(suites, home.profile)
         # The database gets a widened study before the home does. A driver that is killed in between
         # finds the old study in the home, and widens it once more.
         searcher = StudySearcher(study, database, view.begun_as())
@@ -147,6 +152,7 @@ class _Drive:
         self.cached: dict[int, Result] = {}
         self.reloading: list[PointInFlight] = []
         self.further = FurtherSeeds(self.graph, searcher.gave_up())
+        self.controls = ControlsInFlight(self.graph)
         self.rivals, self.duplicates = Rivals(self.study), Duplicates(self.study)
         self.results: dict[int, Result] = {}  # by number, over all seeds so far
         self.unaffordable: PointInFlight | None = None
@@ -188,6 +194,8 @@ class _Drive:
                 if self._tell_ended():
                     continue
                 self._run_further_seeds()
+                if self._run_controls():
+                    continue
             if self._finished():
                 if self.ended is None and not self.exhausted:
                     self._end_with_points()
@@ -224,10 +232,32 @@ class _Drive:
         them takes time.
         """
         if len(self.runner.nodes) >= self.let_go_at:
-            open_points = (*self.in_flight, *self.further.in_flight, *self.reloading)
+            open_points = (
+                *self.in_flight,
+                *self.further.in_flight,
+                *self.reloading,
+                *self.controls.in_flight,
+            )
             needed = [stage for entry in open_points for stage in entry.stages.values()]
             self.graph.forget(self.runner.let_go([*self.baselines, *needed]))
+            self._let_go_of_results()
             self.let_go_at = max(LET_GO_AT, LET_GO_GROWTH * len(self.runner.nodes))
+
+    def _let_go_of_results(self) -> None:
+        """Let go of the keys and costs of recorded results. Only a policy of further seeds reads
+        them again.
+        """
+        if self.study.replicates.policy != "all":
+            return
+        for number, result in self.results.items():
+            if result.keys or result.costs:
+                self.results[number] = without_stages(result)
+        for listed in (self.progress.results, self.progress.history):
+            for place, result in enumerate(listed):
+                lean = self.results[result.number]
+                listed[place] = (
+                    lean if result.same_as is None else replace(lean, same_as=result.same_as)
+                )
 
     def _show(self) -> None:
         self.live()
@@ -246,7 +276,9 @@ class _Drive:
             None
             if self.runner.draining
             else start_affordable(
-                [*self.further.in_flight, *self.in_flight], self.runner, self.budget_gate.affords
+                [*self.further.in_flight, *self.in_flight, *self.controls.in_flight],
+                self.runner,
+                self.budget_gate.affords,
             )
         )
         while self._may_ask():
@@ -466,6 +498,16 @@ class _Drive:
                 self._keep(self._ended(entry))
         self.further.decide(self.results, self.duplicates, over)
 
+    def _run_controls(self) -> bool:
+        """Run the controls, once all points and further seeds have ended; True when they were just
+        decided.
+        """
+        self.controls.step(self.runner)
+        if self.controls.decided or self._reloads or self.further.in_flight or not self._over():
+            return False
+        self.controls.decide([self.duplicates.marked(each) for each in self.results.values()])
+        return bool(self.controls.in_flight)
+
     def _record_further(self, entry: PointInFlight) -> None:
         """Record a further seed of a point: its new metrics, or that it failed."""
         number, failure = entry.number, entry.failure(self.runner)
@@ -498,6 +540,8 @@ class _Drive:
         return (
             self._over()
             and not (self._reloads or self.further.in_flight)
+            and self.controls.decided
+            and not self.controls.in_flight
             and all(map(self.runner.settled, self.baselines))
         )
 

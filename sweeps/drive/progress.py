@@ -24,6 +24,9 @@ class Progress:
     had then. A point that got a further seed is appended to `history` again with all its seeds;
     `amended` counts these. (ebbline.sweeps.state.outcome computes the results of the tables.)
 
+    Once the driver of a long study lets go of stages, the results of ended points have no keys and
+    costs any more, unless points may get further seeds.
+
     `prediction` is the prediction for this run, `live` the latest snapshot (see
     ebbline.sweeps.drive.snapshot). `stopped` is the reason why the run stopped early, and `by` what
     stopped it; both are empty when the search had no more points.

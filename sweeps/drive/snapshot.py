@@ -31,10 +31,13 @@ from ebbline.sweeps.drive.live import (
     Outcome,
     PointCounts,
     SpentNow,
+    TrainingNow,
 )
 from ebbline.sweeps.drive.progress import Progress
 from ebbline.sweeps.ledger import open_to_append
+from ebbline.sweeps.study.points import StageName, training_of
 from ebbline.tasks.files import write_whole
+from ebbline.tasks.specs import TrainSpec
 
 EVERY_S = 1.0
 FAILURES = 20
@@ -63,6 +66,7 @@ class _Followed:
     item: Running
     since: float
     ended: set[str] = field(default_factory=set)
+    trainings: dict[str, TrainingNow | None] = field(default_factory=dict)  # by key
 
     @property
     def keys(self) -> list[str]:
@@ -201,7 +205,41 @@ class Writer:
                 progress = self._runner.timing.progress_of(node)
                 if index == 0 or progress:
                     expected_s = self._runner.timing.expected_s(node, now - job.since)
-                    yield AtWork(**self._fields(job, key), expected_s=expected_s, progress=progress)
+                    attempt = node.attempt
+                    yield AtWork(
+                        **self._fields(job, key),
+                        expected_s=expected_s,
+                        attempt="" if attempt is None else self._below_store(attempt),
+                        training=self._training(job, node),
+                        progress=progress,
+                    )
+
+    def _training(self, job: _Followed, node: Node) -> TrainingNow | None:
+        """What a training trains, from the first point in flight that waits for it; None for
+        another stage, and for one that no point waits for.
+        """
+        if node.stage.kind != TrainSpec.KIND:
+            return None
+        if node.key not in job.trainings:
+            job.trainings[node.key] = next(
+                (
+                    TrainingNow(
+                        model=entry.point.model,
+                        settings=dict(training_of(entry.point).values),
+                        seed=StageName.parse(name).seed,
+                    )
+                    for entry in self._progress.in_flight
+                    for name, stage in entry.stages.items()
+                    if stage.kind == TrainSpec.KIND
+                    and stage.lineage == node.stage.lineage
+                    and StageName.parse(name).part == TrainSpec.KIND
+                ),
+                None,
+            )
+        return job.trainings[node.key]
+
+    def _below_store(self, attempt: Path) -> str:
+        return attempt.relative_to(self._runner.store.root).as_posix()
 
     def _snapshot(self, ended: End | None) -> Live:
         progress, runner = self._progress, self._runner

@@ -18,6 +18,7 @@ from ebbline.cluster.schedule.estimates import Estimates
 from ebbline.cluster.schedule.needs import resident
 from ebbline.cluster.schedule.scheduler import ReadyStage, impossible
 from ebbline.cluster.schedule.simulate import Step, StepGroups, Trace, simulate
+from ebbline.sweeps.forecast.controls import expected_controls
 from ebbline.sweeps.forecast.expected import Points, expected_points
 from ebbline.sweeps.search.masks import duplicates
 from ebbline.sweeps.state.in_flight import GPUS_QUEUED_PER_GPU, IN_FLIGHT_PER_GPU, LEAST_IN_FLIGHT
@@ -120,7 +121,8 @@ def forecast(
     estimates.learn_gpu_type(capacity)
     completed = points.completed if len(points.completed) <= EXACT else _evenly(points.completed)
     to_come = points.to_come if len(points.to_come) <= EXACT else points.to_come[:SAMPLE]
-    found = todo(graph, [*completed, *to_come], report)
+    controls = expected_controls(view, graph, [*completed, *to_come], bool(points.to_come))
+    found = todo(graph, [*completed, *to_come], report, controls)
     same = duplicates(found, home.store, estimates.distinct_adapters)
     running = [missing for missing in found.missing.values() if missing.id not in same]
     steps = _steps(running, graph, estimates)
@@ -295,6 +297,11 @@ def _assumed(
         yield (
             f"a point counts with its first {study.first_seeds} of {len(study.seeds)} seeds; "
             "points near the frontier will get more"
+        )
+    if study.used_controls.settings and points.to_come:
+        yield (
+            "controls will stand near the operating points, which are not known; the middle "
+            "settings of each defence replace them"
         )
     if study.search.stop is not None and points.to_come:
         yield "the rule of search.stop counts as never met"

@@ -9,20 +9,23 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ebbline.sweeps.search.knowledge import Knowledge, Readings
-from ebbline.sweeps.search.masks import Mask, distinct_masks, is_off, mask_of, share, unmeasured
+from ebbline.sweeps.search.masks import Mask, distinct_masks, is_off, mask_of, unmeasured
 from ebbline.sweeps.state.trials import Entry
 from ebbline.sweeps.study.adapters.branches import Branch
 from ebbline.sweeps.study.axes import AxisValue, Range, count_of, values_of
-from ebbline.sweeps.study.points import Point, Value, adapter_of, is_of, training_of
+from ebbline.sweeps.study.points import Point, Value, adapter_of, defence_of, is_of, training_of
 from ebbline.sweeps.study.space import drawn
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.defence import Defence
+from ebbline.tasks.defences.in_use import is_knob
 from ebbline.tasks.identity import digest
 
 LISTED = 4096  # a space with more adapters is not listed; candidates are drawn from it
 OPEN, OPTIONS = 16, 10  # adapters considered for further masks, and masks of each
 NEW = 96  # new adapters considered
 GUESSES = 6  # knob settings considered for an adapter that is not measured
+Owner = tuple[str, str]
+"""A model and the name of a defence."""
 SIMILAR = 16  # measured adapters from which the share of an unmeasured one is guessed
 
 
@@ -74,11 +77,13 @@ class Adapters:
         self._trainings: set[Point] = set()
         self._unmeasured: dict[Point, ProposedAdapter] = {}
         self._open: dict[Point, ProposedAdapter] = {}
-        self._readings: dict[str, list[Readings]] = {}
+        self._readings: dict[Owner, list[Readings]] = {}
         # Knob settings -> guessed share, by model, until the next adapter is measured
-        self._guessed_shares: dict[str, dict[tuple[tuple[str, Value], ...], float]] = {}
+        self._guessed_shares: dict[Owner, dict[tuple[tuple[str, Value], ...], float]] = {}
         self._guesses = {
-            model: _evenly(unmeasured(study, model, GUESSES), GUESSES) for model in study.models
+            (model, defence.name): _evenly(unmeasured(study, defence, model, GUESSES), GUESSES)
+            for model in study.models
+            for defence in study.used_defences
         }
         # The branches, with the adapters that no proposed point has, where they can be listed
         self._space = [(branch, _listed(branch)) for branch in study.branches]
@@ -119,12 +124,14 @@ class Adapters:
         adapter.measured = knowledge.readings(adapter.point)
         if adapter.measured is not None:
             del self._unmeasured[adapter.point]
-            adapter.left = distinct_masks(self._study, adapter.point.model, adapter.measured)
+            adapter.left = distinct_masks(
+                self._study, defence_of(adapter.point), adapter.point.model, adapter.measured
+            )
             for values in adapter.settings:
                 self._remove_mask(adapter, values)
             if adapter.left:
                 self._open[adapter.point] = adapter
-            self._readings.setdefault(adapter.point.model, []).append(adapter.measured)
+            self._readings.setdefault(_owner(adapter.point), []).append(adapter.measured)
             self._guessed_shares.clear()
         elif adapter.completed and not adapter.running:
             del self._unmeasured[adapter.point]  # it failed before its measurement
@@ -140,43 +147,47 @@ class Adapters:
         While its adapter is unmeasured, this is the mean share over measured adapters.
         """
         adapter, values = self.by_point.get(adapter_of(point)), _knob_values(point)
+        defence = defence_of(point)
         if adapter is not None and adapter.measured is not None:
-            mask = mask_of(self._study, values, adapter.measured)
-            return 1.0 if mask is None else share(mask, adapter.measured)
-        return self._guessed(point.model, values)
+            mask = mask_of(self._study, defence, values, adapter.measured)
+            return 1.0 if mask is None else defence.share(mask, adapter.measured)
+        return self._guessed(point.model, defence, values)
 
-    def _guessed(self, model: str, values: dict[str, Value]) -> float:
-        known = self._guessed_shares.setdefault(model, {})
+    def _guessed(self, model: str, defence: Defence, values: dict[str, Value]) -> float:
+        known = self._guessed_shares.setdefault((model, defence.name), {})
         own = tuple(sorted(values.items()))
         if own not in known:
-            known[own] = self._guess(model, values)
+            known[own] = self._guess(model, defence, values)
         return known[own]
 
-    def _guess(self, model: str, values: dict[str, Value]) -> float:
-        similar = self._readings.get(model) or [
-            measured for each in self._readings.values() for measured in each
+    def _guess(self, model: str, defence: Defence, values: dict[str, Value]) -> float:
+        similar = self._readings.get((model, defence.name)) or [
+            measured
+            for (_, name), each in self._readings.items()
+            if name == defence.name
+            for measured in each
         ]
         masks = [
             (mask, measured)
             for measured in similar[-SIMILAR:]
-            if (mask := mask_of(self._study, values, measured)) is not None
+            if (mask := mask_of(self._study, defence, values, measured)) is not None
         ]
         if masks:
-            return float(np.mean([share(mask, measured) for mask, measured in masks]))
+            return float(np.mean([defence.share(mask, measured) for mask, measured in masks]))
         return _share_by_value(self._study, model, values)
 
     def further(self, knowledge: Knowledge, k: int) -> list[Candidate]:
         """Candidates for proposal `k` with a new mask of a proposed adapter."""
         found = []
         for adapter in self._considered(k):
-            measured = adapter.measured or ()
+            measured, defence = adapter.measured or (), defence_of(adapter.point)
             work = knowledge.work(adapter.point)
             left = sorted(adapter.left.items(), key=lambda item: item[0])
             for mask, values in _spread(left, OPTIONS, k):
                 found.append(
                     Candidate(
                         _with(adapter.point, values),
-                        share(mask, measured),
+                        defence.share(mask, measured),
                         work.evaluate,
                         adapter.point,
                     )
@@ -185,9 +196,11 @@ class Adapters:
             # An unmeasured adapter gets one setting besides "off": two might give the same mask
             if adapter.failed:
                 continue
-            on = any(not is_off(self._study, values) for values in adapter.settings)
-            for values in self._guesses[adapter.point.model]:
-                if values not in adapter.settings and not (on and not is_off(self._study, values)):
+            defence = defence_of(adapter.point)
+            on = any(not is_off(self._study, defence, values) for values in adapter.settings)
+            for values in self._guesses[_owner(adapter.point)]:
+                off = is_off(self._study, defence, values)
+                if values not in adapter.settings and (off or not on):
                     point = _with(adapter.point, values)
                     found.append(
                         Candidate(
@@ -208,9 +221,10 @@ class Adapters:
         found = []
         for branch, listed in self._space:
             model, count = branch.model, max(6, NEW // len(self._space))
+            defence = branch.defence
             guesses = {
-                round(self._guessed(model, values), 6): values
-                for values in reversed(self._guesses[model])
+                round(self._guessed(model, defence, values), 6): values
+                for values in reversed(self._guesses[model, defence.name])
             }
             close = [point for point in near if is_of(point, branch)]
             for adapter in self._new(branch, listed, k, count, close):
@@ -274,7 +288,7 @@ class Adapters:
         return list(found)[:count]
 
     def _remove_mask(self, adapter: ProposedAdapter, values: Mapping[str, Value]) -> None:
-        mask = mask_of(self._study, values, adapter.measured or ())
+        mask = mask_of(self._study, defence_of(adapter.point), values, adapter.measured or ())
         if mask is not None:
             adapter.left.pop(mask, None)
         if not adapter.left:
@@ -282,7 +296,11 @@ class Adapters:
 
 
 def adapter_axes(branch: Branch) -> dict[str, tuple[AxisValue, ...] | Range]:
-    return {axis: values for axis, values in branch.axes.items() if not DEFENCE.is_knob(axis)}
+    return {axis: values for axis, values in branch.axes.items() if not is_knob(axis)}
+
+
+def _owner(point: Point) -> Owner:
+    return point.model, defence_of(point).name
 
 
 def _listed(branch: Branch) -> dict[Point, None] | None:
@@ -296,7 +314,7 @@ def _listed(branch: Branch) -> dict[Point, None] | None:
 
 
 def _knob_values(point: Point) -> dict[str, Value]:
-    return {axis: value for axis, value in point.values if DEFENCE.is_knob(axis)}
+    return {axis: value for axis, value in point.values if is_knob(axis)}
 
 
 def _with(adapter: Point, values: Mapping[str, Value]) -> Point:

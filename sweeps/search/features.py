@@ -2,7 +2,8 @@
 
 An axis is scaled to [0, 1] over all values that any model has for it. The scale is logarithmic when
 the values span a factor of 8 or more. The share of modules that the defence changes can replace its
-knobs: equal shares mean the same for every adapter and model, equal knobs do not.
+knobs: equal shares mean the same for every adapter and model, equal knobs do not. Each defence of a
+study has a feature of its own, since defences have no order.
 """
 
 import json
@@ -14,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebbline.sweeps.study.axes import Range
-from ebbline.sweeps.study.points import Point, Value
+from ebbline.sweeps.study.points import Point, Value, defence_of
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.in_use import AXIS, is_knob
 
 Array = NDArray[np.float64]
 LOG_SPAN = 8.0
-MODEL_FEATURE = 0.5  # the feature of a point's own model; that of others is 0
+# The feature of a point's own model, and of its own defence; that of others is 0
+OWN_FEATURE = 0.5
 
 
 class Features:
@@ -30,10 +32,11 @@ class Features:
         self._study = study
         self._shares = shares
         self._models = list(study.models)
+        self._defences = [each.name for each in study.used_defences] if study.defences else []
         axes: dict[str, list[Any]] = {}
         for model in study.models:
             for axis, values in study.axes_of(model).items():
-                if not (shares and DEFENCE.is_knob(axis)):
+                if axis != AXIS and not (shares and is_knob(axis)):
                     edges = list(values.edges) if isinstance(values, Range) else list(values)
                     axes.setdefault(axis, []).extend(edges)
         self._scales = {axis: _Scale(values) for axis, values in axes.items()}
@@ -56,8 +59,10 @@ class Features:
         ]
         if self._shares:
             found.append(share)
+        own = defence_of(point).name
+        found += [OWN_FEATURE if name == own else 0.0 for name in self._defences]
         if sizes:
-            found += [MODEL_FEATURE if model == point.model else 0.0 for model in self._models]
+            found += [OWN_FEATURE if model == point.model else 0.0 for model in self._models]
         return np.array(found)
 
     def _setting(self, model: str, axis: str) -> Value:

@@ -1,13 +1,13 @@
-"""The importance of each axis for each objective: functional ANOVA over the finished points, by
-Optuna's evaluator.
+"""The importance of each axis for each objective: functional ANOVA over the finished points.
 
 A random forest predicts an objective from the axes. The importance of an axis is the share of the
 forest's variance that the axis explains alone, over the whole space (Hutter, Hoos and Leyton-Brown
 2014). Interactions and noise explain the rest. Importance has no sign, and it covers only the part
 of the space where points were run.
 
-Invariant: there is no number for an axis with one value, for a constant objective, or from fewer
-than FEWEST points.
+Invariants: there is no number for an axis with one value, for a constant objective, or from fewer
+than FEWEST points. Of more than MOST points, a random sample of MOST is used, with a fixed seed.
+The intervals are those of a study with as many points as are used.
 """
 
 import json
@@ -17,28 +17,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
-from optuna.importance import FanovaImportanceEvaluator
-from optuna.trial import create_trial
 
+from ebbline.sweeps.search.forest_shares import Column, forest_shares
 from ebbline.sweeps.study.axes import Range
-from ebbline.sweeps.study.points import Result, Value, brought
+from ebbline.sweeps.study.points import Result, Value, brought, defence_of
 from ebbline.sweeps.study.study import Study
-
-# The second process of a report imports this module alone, without ebbline.sweeps.state.trials
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+from ebbline.tasks.defences.in_use import owner
 
 MODEL = "model"
-FEWEST, FEW = 10, 50
+FEWEST, FEW, MOST = 10, 50, 500
 TREES = 32
 RESAMPLES, TREES_EACH = 25, 8  # Efron and Tibshirani (1993): 25 resamples for a standard error
-METHOD = "fANOVA (Hutter et al. 2014) by Optuna"
+METHOD = "fANOVA (Hutter et al. 2014)"
 
 
 @dataclass(frozen=True)
@@ -55,8 +45,9 @@ class AxisShare:
 @dataclass(frozen=True)
 class Importance:
     """The shares of an objective by axis, from this number of `points`; the axis `model` is the
-    size.
+    size. The points are a sample of `finished`, where there are more.
 
+    `of_defence` has the shares of the knobs of each defence, among that defence's points alone.
     `without` has the reason for each axis without a number, `reason` the reason why there is no
     number at all. For `uneven` axes, one model was run with fewer values than another. So part of
     their share may belong to the model, and part of the model's share to them.
@@ -65,8 +56,10 @@ class Importance:
     points: int
     shares: Mapping[str, AxisShare] = field(default_factory=dict)
     without: Mapping[str, str] = field(default_factory=dict)
+    of_defence: Mapping[str, AxisShare] = field(default_factory=dict)
     uneven: tuple[str, ...] = ()
     reason: str = ""
+    finished: int | None = None
 
     @property
     def few(self) -> bool:
@@ -78,15 +71,48 @@ def importances(study: Study, results: Sequence[Result]) -> dict[str, Importance
     done = sorted(
         (result for result in results if result.status == "done"), key=lambda result: result.number
     )
-    columns, without = _columns(study, done)
+    used = done
+    if len(done) > MOST:
+        kept = np.random.default_rng(0).choice(len(done), MOST, replace=False)
+        used = [done[place] for place in sorted(kept.tolist())]
+    columns, without = _columns(study, used)
+    if study.defences:
+        without = {axis: reason for axis, reason in without.items() if owner(axis) is None}
     uneven = tuple(axis for axis in columns if axis != MODEL and _is_uneven(axis, done))
     found = {
-        name: _importance(columns, without, [result.metrics[name].value for result in done])
+        name: _importance(columns, without, [result.metrics[name].value for result in used])
         for name in study.objectives
     }
+    knobs = {name: _of_defences(study, used, name) for name in study.objectives}
     return {
-        name: replace(each, uneven=uneven if each.shares else ()) for name, each in found.items()
+        name: replace(
+            each,
+            uneven=uneven if each.shares else (),
+            of_defence=knobs[name][0],
+            without={**each.without, **knobs[name][1]},
+            finished=len(done) if len(done) > MOST else None,
+        )
+        for name, each in found.items()
     }
+
+
+def _of_defences(
+    study: Study, done: Sequence[Result], objective: str
+) -> tuple[dict[str, AxisShare], dict[str, str]]:
+    """The shares of each defence's knobs among its own points, and the reasons for none."""
+    shares, without = dict[str, AxisShare](), dict[str, str]()
+    for defence in study.used_defences if study.defences else ():
+        own = [result for result in done if defence_of(result.point) is defence]
+        axes = list(dict.fromkeys(axis for each in own for axis, _ in each.point.values))
+        knobs = [axis for axis in axes if defence.owns(axis)]
+        columns, lacking = _columns(study, own)
+        found = _importance(columns, lacking, [each.metrics[objective].value for each in own])
+        for axis in knobs:
+            if axis in found.shares:
+                shares[axis] = found.shares[axis]
+            else:
+                without[axis] = lacking.get(axis) or found.reason
+    return shares, without
 
 
 def _is_uneven(axis: str, done: Sequence[Result]) -> bool:
@@ -96,10 +122,6 @@ def _is_uneven(axis: str, done: Sequence[Result]) -> bool:
     return len({frozenset(each) for each in values.values()}) > 1 and min(
         map(len, values.values())
     ) < max(map(len, values.values()))
-
-
-Column = tuple[BaseDistribution, list[int | float]]
-"""The distribution of an axis for the forest, and the value of each point."""
 
 
 def _importance(
@@ -118,14 +140,14 @@ def _importance(
         )
     if max(values) - min(values) == 0:
         return Importance(count, without=without, reason=f"all {count} points have the same value")
-    whole, rng = _shares(columns, values, range(count), TREES), np.random.default_rng(0)
+    whole, rng = forest_shares(columns, values, range(count), TREES), np.random.default_rng(0)
     if whole is None:
         return Importance(count, without=without, reason="the axes explain none of its variance")
     drawn = (rng.integers(count, size=count).tolist() for _ in range(RESAMPLES))
     resampled = [
         shares
         for rows in drawn
-        if (shares := _shares(columns, values, rows, TREES_EACH)) is not None
+        if (shares := forest_shares(columns, values, rows, TREES_EACH)) is not None
     ]
     found = {}
     for axis, value in whole.items():
@@ -136,29 +158,6 @@ def _importance(
         )
         found[axis] = AxisShare(value, (max(0.0, value - reach), min(1.0, value + reach)))
     return Importance(count, dict(sorted(found.items(), key=lambda item: -item[1].value)), without)
-
-
-def _shares(
-    columns: Mapping[str, Column], values: Sequence[float], rows: Sequence[int], trees: int
-) -> dict[str, float] | None:
-    """The share of each axis; None when no tree of the forest has a split."""
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    distributions = {axis: distribution for axis, (distribution, _) in columns.items()}
-    study.add_trials(
-        create_trial(
-            params={axis: column[row] for axis, (_, column) in columns.items()},
-            distributions=distributions,
-            value=values[row],
-        )
-        for row in rows
-    )
-    try:
-        found = FanovaImportanceEvaluator(n_trees=trees, seed=0).evaluate(study)
-    except RuntimeError as error:
-        if "zero total variance" in str(error):
-            return None
-        raise
-    return {axis: float(found.get(axis, 0.0)) for axis in columns}
 
 
 def _columns(study: Study, done: Sequence[Result]) -> tuple[dict[str, Column], dict[str, str]]:
@@ -189,14 +188,10 @@ def _column(values: Sequence[Value], axis: object) -> Column:
         value for value in values if isinstance(value, int | float) and not isinstance(value, bool)
     ]
     if isinstance(axis, Range) and len(numbers) == len(values):
-        low, high = min(axis.low, *numbers), max(axis.high, *numbers)
-        return FloatDistribution(low, high, log=axis.log and low > 0), [
-            float(number) for number in numbers
-        ]
+        return Column(numbers, min(axis.low, *numbers), max(axis.high, *numbers))
     ranked: list[Value] = [*([None] if None in values else []), *sorted(set(numbers))]
     if len(numbers) + sum(value is None for value in values) == len(values):
-        return IntDistribution(0, len(ranked) - 1), [ranked.index(value) for value in values]
+        place = {value: index for index, value in enumerate(ranked)}
+        return Column([place[value] for value in values], 0, len(ranked) - 1)
     names = sorted({json.dumps(value) for value in values})
-    return CategoricalDistribution(range(len(names))), [
-        names.index(json.dumps(value)) for value in values
-    ]
+    return Column([names.index(json.dumps(value)) for value in values], 0, 1, len(names))

@@ -12,10 +12,9 @@ from ebbline.cluster.executors.executor import Needs
 from ebbline.cluster.schedule.counted_work import work_of
 from ebbline.cluster.store.resolver import Resolver
 from ebbline.sweeps.state.races.racing import ArtifactLookup
-from ebbline.sweeps.study.points import Point, StageName, adapter_of
+from ebbline.sweeps.study.points import Point, StageName, adapter_of, defence_of
 from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_reason
-from ebbline.tasks.defences.defence import Reading
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.gate import Reading
 from ebbline.tasks.kinds import kind_named
 from ebbline.tasks.stage import Stage
 from ebbline.tasks.stage_kind import Owner
@@ -102,7 +101,7 @@ class Knowledge:
         first = adapter not in self._projections
         if first:
             named = self._stages(point, self._graph).items()
-            kind = DEFENCE.measures.KIND
+            kind = defence_of(point).measures.KIND
             self._projections[adapter] = [
                 stage for name, stage in named if StageName.parse(name).part == kind
             ]
@@ -117,7 +116,7 @@ class Knowledge:
         artifacts = [artifact for artifact in found if artifact is not None]
         if len(artifacts) < len(found):
             return None
-        return tuple(DEFENCE.reading(artifact.file) for artifact in artifacts)
+        return tuple(defence_of(point).reading(artifact.file) for artifact in artifacts)
 
 
 def _work(stage: Stage, needs: Needs) -> float:

@@ -21,48 +21,53 @@ from ebbline.sweeps.state.todo import Todo
 from ebbline.sweeps.study.axes import AxisValue, Range
 from ebbline.sweeps.study.points import Value
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.defence import Mask
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.defence import Defence, Mask
+from ebbline.tasks.defences.in_use import DEFENCES, NONE
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
+from ebbline.tasks.specs import ApplySpec, DefendSpec, Spec
 from ebbline.tasks.stage import stage_of
 
-__all__ = ["Mask", "distinct_masks", "duplicates", "is_off", "mask_of", "share", "unmeasured"]
+__all__ = ["Mask", "distinct_masks", "duplicates", "is_off", "mask_of", "unmeasured"]
+
+CONTINUOUS = 21  # values considered of a range whose every value gives another adapter
 
 
-def mask_of(study: Study, values: Mapping[str, Value], adapters: Readings) -> Mask | None:
+def mask_of(
+    study: Study, defence: Defence, values: Mapping[str, Value], adapters: Readings
+) -> Mask | None:
     """The mask of a point's knobs; None when they are impossible for one of the adapters."""
-    return DEFENCE.mask(_knobs(study, values), adapters)
+    return defence.mask(study.knobs(defence, values), adapters)
 
 
-def is_off(study: Study, values: Mapping[str, Value]) -> bool:
+def is_off(study: Study, defence: Defence, values: Mapping[str, Value]) -> bool:
     """Whether a point's knobs leave every adapter as it was trained."""
-    return DEFENCE.is_off(_knobs(study, values))
+    return defence.is_off(study.knobs(defence, values))
 
 
-def share(mask: Mask, adapters: Readings) -> float:
-    """The share of modules that a mask changes, over all seeds, in [0, 1]."""
-    return DEFENCE.share(mask, adapters)
-
-
-def distinct_masks(study: Study, model: str, adapters: Readings) -> dict[Mask, dict[str, Value]]:
+def distinct_masks(
+    study: Study, defence: Defence, model: str, adapters: Readings
+) -> dict[Mask, dict[str, Value]]:
     """All masks that a model's axes allow for these adapters, each with the first knobs that give
     it, in the file's order.
 
-    A range has one value between each two neighbouring edges, with as few decimals as possible.
+    A range has one value between each two neighbouring edges, with as few decimals as possible. A
+    mask that changes no module is left out where the study has points with no defence.
     """
     found: dict[Mask, dict[str, Value]] = {}
     listed = [
-        [(axis, value) for value in _representatives(axis, values, adapters)]
-        for axis, values in _axes(study, model).items()
+        [(axis, value) for value in _representatives(defence, axis, values, adapters)]
+        for axis, values in _axes(study, defence, model).items()
     ]
+    unchanged_once = bool(study.defences) and defence.name != NONE
     for combination in itertools.product(*listed):
         values = dict(combination)
-        mask = mask_of(study, values, adapters)
-        if mask is not None:
+        mask = mask_of(study, defence, values, adapters)
+        if mask is not None and (any(mask) or not unchanged_once):
             found.setdefault(mask, values)
     return found
 
 
-def unmeasured(study: Study, model: str, count: int) -> list[dict[str, Value]]:
+def unmeasured(study: Study, defence: Defence, model: str, count: int) -> list[dict[str, Value]]:
     """Knob settings for an unmeasured adapter: all values of lists, `count` evenly spaced values of
     ranges.
     """
@@ -71,27 +76,26 @@ def unmeasured(study: Study, model: str, count: int) -> list[dict[str, Value]]:
             (axis, value)
             for value in (_spaced(values, count) if isinstance(values, Range) else values)
         ]
-        for axis, values in _axes(study, model).items()
+        for axis, values in _axes(study, defence, model).items()
     ]
     combinations = (dict(each) for each in itertools.product(*listed))
-    return [values for values in combinations if DEFENCE.is_possible(_knobs(study, values))]
+    return [values for values in combinations if defence.is_possible(study.knobs(defence, values))]
 
 
-def _knobs(study: Study, values: Mapping[str, Value]) -> dict[str, Value]:
-    return DEFENCE.knobs(study.settings[DEFENCE.makes.KIND], values)
-
-
-def _axes(study: Study, model: str) -> dict[str, tuple[AxisValue, ...] | Range]:
-    return {axis: v for axis, v in study.axes_of(model).items() if DEFENCE.is_knob(axis)}
+def _axes(study: Study, defence: Defence, model: str) -> dict[str, tuple[AxisValue, ...] | Range]:
+    return {axis: v for axis, v in study.axes_of(model).items() if defence.is_knob(axis)}
 
 
 def _representatives(
-    axis: str, values: tuple[AxisValue, ...] | Range, adapters: Readings
+    defence: Defence, axis: str, values: tuple[AxisValue, ...] | Range, adapters: Readings
 ) -> Iterator[Value]:
     if not isinstance(values, Range):
         yield from values
         return
-    edges = DEFENCE.edges(axis, adapters)
+    if defence.is_continuous(axis):
+        yield from _spaced(values, CONTINUOUS)
+        return
+    edges = defence.edges(axis, adapters)
     if edges is None:
         yield from range(int(values.low), int(values.high) + 1, int(values.step or 1))
         return
@@ -135,15 +139,16 @@ def duplicates(found: Todo, store: Store, distinct: float) -> frozenset[str]:
     For unmeasured adapters, `distinct` is the share of defended adapters that are no duplicates.
     """
     resolver = Resolver(store)
-    masks: set[tuple[str, Mask]] = set()
+    masks: set[tuple[str, str, Mask]] = set()
     unmeasured_count, same, skipped = 0, set[str](), set[str]()
     for missing in found.missing.values():
         spec = missing.stage.spec
-        if spec.KIND != DEFENCE.makes.KIND:
+        defence = _maker(spec)
+        if defence is None:
             if any(above in same or above in skipped for above in missing.above):
                 skipped.add(missing.id)
             continue
-        measuring = stage_of(missing.stage.inputs[DEFENCE.measured_input])
+        measuring = stage_of(missing.stage.inputs[defence.measured_input])
         artifact = None if measuring is None else resolver.artifact(measuring)
         if artifact is None:
             # Spread the expected number of duplicates evenly
@@ -151,12 +156,19 @@ def duplicates(found: Todo, store: Store, distinct: float) -> frozenset[str]:
             unmeasured_count += 1
             is_duplicate = math.floor(unmeasured_count * (1 - distinct)) > before
         else:
-            mask = DEFENCE.mask(DEFENCE.knobs(spec, {}), [DEFENCE.reading(artifact.file)])
+            mask = defence.mask(defence.knobs(spec, {}), [defence.reading(artifact.file)])
             if mask is None:  # more modules than the adapter has: the stage will fail
                 continue
-            own = artifact.key, mask
+            own = artifact.key, defence.name, mask
             is_duplicate = own in masks
             masks.add(own)
         if is_duplicate:
             same.add(missing.id)
     return frozenset(skipped)
+
+
+def _maker(spec: Spec) -> Defence | None:
+    """The defence whose second stage has this Spec; None for any other stage, and for a control."""
+    if isinstance(spec, DefendSpec):
+        return DEFENCES[spec.method] if spec.control is None else None
+    return SAFE_LORA if isinstance(spec, ApplySpec) else None

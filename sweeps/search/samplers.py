@@ -7,6 +7,7 @@ written to the database. TPE gets at most MAX_TPE_POINTS points, since its time 
 best by non-dominated rank, and a sample of the others.
 """
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,17 +15,25 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import (
+    BaseSampler,
+    NSGAIISampler,
+    PartialFixedSampler,
+    RandomSampler,
+    TPESampler,
+)
 from optuna.trial import TrialState, create_trial
 
 from ebbline.sweeps.dominance import ranks
 from ebbline.sweeps.search.gain import gains_of
+from ebbline.sweeps.search.turns import whose_turn
 from ebbline.sweeps.state.parameters import Names, plain
 from ebbline.sweeps.state.trials import DIRECTIONS, Entry
 from ebbline.sweeps.study.adapters.branches import ADAPTER, OwnAxes
 from ebbline.sweeps.study.points import Point, Value
 from ebbline.sweeps.study.space import written
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.in_use import AXIS
 from ebbline.tasks.measuring.metrics import direction
 
 REDRAWS = 8
@@ -51,9 +60,10 @@ class OptunaSampler:
         None when all of REDRAWS draws were in `proposed`.
         """
         shadow = self._shadow_of(entries, taught)
+        fixed = shadow.balanced(entries)
         for redraw in range(REDRAWS):
             sampler = _sampler(
-                self._study, seed=self._study.search.seed * 1_000_003 + k * REDRAWS + redraw
+                self._study, self._study.search.seed * 1_000_003 + k * REDRAWS + redraw, fixed
             )
             found, drawn = shadow.draw(sampler)
             if found not in proposed:
@@ -158,11 +168,27 @@ class Shadow:
     def _branch(self, trial: optuna.Trial, model: str) -> tuple[OwnAxes, dict[str, Value]]:
         """The axes of the branch that the sampler draws, and the value that decides it."""
         branches = self._study.branches_of(model)
-        if len(branches) == 1:
-            return branches[0].axes, {}
-        name = plain(_suggest(trial, *self._names.axis(model, ADAPTER)))
-        trained, brought = branches
-        return (trained.axes, {}) if name is None else (brought.axes, {ADAPTER: name})
+        decided: dict[str, Value] = {}
+        if self._names.is_branched(model):
+            name = plain(_suggest(trial, *self._names.axis(model, ADAPTER)))
+            branches = tuple(
+                each for each in branches if (ADAPTER in each.axes) == (name is not None)
+            )
+            decided = {} if name is None else {ADAPTER: name}
+        if self._study.defences:
+            decided[AXIS] = plain(_suggest(trial, *self._names.axis(model, AXIS)))
+            branches = tuple(each for each in branches if each.defence.name == decided[AXIS])
+        return branches[0].axes, decided
+
+    def balanced(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        """The parameter `defence` with the defence whose turn it is, so that each gets as many
+        points; empty in a study that names none.
+        """
+        turn = whose_turn(self._study, [entry.point for entry in entries])
+        if turn is None:
+            return {}
+        names = {self._names.axis(model, AXIS)[0] for model in self._study.models}
+        return {name: json.dumps(turn) for name in names}
 
     def accept(self, k: int) -> None:
         """Use the last drawn trial as that of entry k."""
@@ -235,15 +261,21 @@ def _suggest(trial: optuna.Trial, name: str, distribution: Any) -> Any:
     raise TypeError(f"{name} has the distribution {distribution!r}")
 
 
-def _sampler(study: Study, seed: int) -> BaseSampler:
+def _sampler(study: Study, seed: int, fixed: Mapping[str, Any]) -> BaseSampler:
+    """The study's sampler; parameters that are `fixed` have that value."""
     with warnings.catch_warnings():
-        # An asynchronous search needs constant_liar, which is experimental
+        # An asynchronous search needs constant_liar, which is experimental, as PartialFixedSampler
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        match study.sampler:
-            case "tpe":
-                startup = max(4, min(10, (study.search.points or 20) // 3))
-                return TPESampler(seed=seed, constant_liar=True, n_startup_trials=startup)
-            case "nsga2":
-                return NSGAIISampler(seed=seed)
-            case _:
-                return RandomSampler(seed=seed)
+        sampler = _own_sampler(study, seed)
+        return PartialFixedSampler(dict(fixed), sampler) if fixed else sampler
+
+
+def _own_sampler(study: Study, seed: int) -> BaseSampler:
+    match study.sampler:
+        case "tpe":
+            startup = max(4, min(10, (study.search.points or 20) // 3))
+            return TPESampler(seed=seed, constant_liar=True, n_startup_trials=startup)
+        case "nsga2":
+            return NSGAIISampler(seed=seed)
+        case _:
+            return RandomSampler(seed=seed)

@@ -10,6 +10,7 @@ each.
 The sampler `gp` ignores stages: all points cost the same, and a knob is a feature as it is.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,8 +39,9 @@ from ebbline.sweeps.search.surrogate import (
     fit_at,
     fitted,
 )
+from ebbline.sweeps.search.turns import fewest
 from ebbline.sweeps.state.trials import REFUSAL_FLOOR, Entry
-from ebbline.sweeps.study.points import Point, adapter_of, is_of
+from ebbline.sweeps.study.points import Point, adapter_of, defence_of, is_of
 from ebbline.sweeps.study.space import drawn, space
 from ebbline.sweeps.study.study import Study
 
@@ -106,6 +108,7 @@ class StageAware:
             ]
         if not candidates:
             return None, bool(self._open)
+        candidates = self._in_turn(candidates, entries)
         worth_C = np.zeros(len(candidates))
         for model in self.study.models:
             own = [index for index, each in enumerate(candidates) if each.point.model == model]
@@ -117,6 +120,18 @@ class StageAware:
         ]
         rng = np.random.default_rng((self.study.search.seed, k))
         return near[int(rng.integers(len(near)))], True
+
+    def _in_turn(self, candidates: list[Candidate], entries: Sequence[Entry]) -> list[Candidate]:
+        """The candidates of the defence with the fewest points, so that each has as many. Each
+        point has a mask of its own, so these are distinct adapters.
+        """
+        if not self.study.defences:
+            return candidates
+        counts = Counter(defence_of(entry.point).name for entry in entries)
+        left = {defence_of(each.point).name for each in candidates}
+        ordered = [each.name for each in self.study.used_defences if each.name in left]
+        turn = fewest(ordered, counts)
+        return [each for each in candidates if defence_of(each.point).name == turn]
 
     def amend(self, entry: Entry) -> None:
         """Replace the entry of a completed point."""

@@ -4,19 +4,20 @@ has none.
 ebbline.sweeps.study.stages decides which stages a point has.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from ebbline.cluster.schedule.costs import Cost, cost_of
+from ebbline.cluster.schedule.costs import Cost, cost_of, origin_of, stage_cost
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.state.races.racing import ArtifactLookup, Rivals, races, standing
 from ebbline.sweeps.state.replicates import seeds_needed, seeds_of
 from ebbline.sweeps.state.trials import Entry
-from ebbline.sweeps.study.points import OUTDATED, Point, Result, StageName, ended
+from ebbline.sweeps.study.points import OUTDATED, Point, Result, StageName, defence_of, ended
 from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_reason
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import METRICS, Metric, pooled, read_metrics
 from ebbline.tasks.stage import Stage, closure
 
@@ -61,12 +62,14 @@ class Duplicates:
 
     def __init__(self, study: Study) -> None:
         self._study = study
-        self._found: dict[int, frozenset[tuple[str, str]]] = {}
-        self._first: dict[frozenset[tuple[str, str]], int] = {}
+        self._found: dict[int, bytes] = {}  # digests of fingerprints
+        self._first: dict[bytes, int] = {}
 
     def add(self, result: Result) -> None:
         if result.status == "done":
-            found = self._found[result.number] = fingerprint(self._study, result)
+            stages = sorted(fingerprint(self._study, result))
+            found = hashlib.sha256(json.dumps(stages).encode()).digest()
+            self._found[result.number] = found
             self._first[found] = min(result.number, self._first.get(found, result.number))
 
     def marked(self, result: Result) -> Result:
@@ -180,7 +183,7 @@ def result_of(
     stands = standing(study, stages, lookup, (rivals or Rivals(study)).before(number, point))
     if stands.missing:
         return Result(number, point, "running", keys=keys, seconds=seconds, costs=costs)
-    share = changed_share(artifacts)
+    share = changed_share(point, artifacts)
     return Result(
         number,
         point,
@@ -197,19 +200,24 @@ def costs_of(stages: Iterable[Stage], lookup: ArtifactLookup) -> dict[str, Cost]
     """Key -> cost of the finished stages and of all stages above them."""
     found = (lookup.artifact(stage) for stage in closure(stages))
     return {
-        artifact.key: cost_of(artifact.provenance) for artifact in found if artifact is not None
+        each.key: stage_cost(
+            origin_of(each.kind, int(each.hashed["version"]), each.provenance),
+            tuple(cost_of(each.provenance).gpu_s.items()),
+        )
+        for each in found
+        if each is not None
     }
 
 
-def changed_share(artifacts: Mapping[str, Artifact]) -> float:
+def changed_share(point: Point, artifacts: Mapping[str, Artifact]) -> float:
     """The share of modules that the defence changed, over all replicates of a point. `artifacts`
     are by stage name.
     """
-    changed = total = 0
+    defence, changed, total = defence_of(point), 0, 0
     named = {StageName.parse(name): artifact for name, artifact in artifacts.items()}
     for name, artifact in named.items():
-        if name.part == DEFENCE.makes.KIND:
-            measured = named[replace(name, part=DEFENCE.measures.KIND)]
-            some, every = DEFENCE.changed(measured.file, artifact.file)
+        if name.part == defence.makes.KIND:
+            measured = named[replace(name, part=defence.measures.KIND)]
+            some, every = defence.changed(measured.file, artifact.file)
             changed, total = changed + some, total + every
     return changed / total

@@ -38,7 +38,16 @@ class Names:
         for trial in found:
             self._before.update(trial.distributions)
         self._cache: dict[tuple[str, str], tuple[str, BaseDistribution]] = {}
-        self._branched = {name for name in study.models if len(study.branches_of(name)) > 1}
+        # Sizes with trained adapters and brought ones
+        self._branched = {
+            name
+            for name in study.models
+            if len({ADAPTER in branch.axes for branch in study.branches_of(name)}) > 1
+        }
+
+    def is_branched(self, model: str) -> bool:
+        """Whether a size has trained adapters and brought ones."""
+        return model in self._branched
 
     def model(self) -> tuple[str, BaseDistribution]:
         return self._free(

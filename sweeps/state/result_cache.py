@@ -22,20 +22,21 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ebbline.cluster.schedule.costs import Cost
+from ebbline.cluster.schedule.costs import Origin, stage_cost
 from ebbline.cluster.store.artifacts import RECORD, Artifact, Store
 from ebbline.sweeps.ledger import open_to_append, whole_lines
 from ebbline.sweeps.state.races.racing import ArtifactLookup, races
 from ebbline.sweeps.state.trials import Entry
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.in_use import KINDS
 from ebbline.tasks.files import write_whole
 from ebbline.tasks.identity import digest
 from ebbline.tasks.kinds import kind_named
@@ -170,7 +171,7 @@ def _read(artifact: Artifact) -> list[str]:
     """The files of an artifact that a result is computed from, beside its record."""
     if kind_named(artifact.kind).has_metrics:
         return [METRICS]
-    return sorted(artifact.files) if artifact.kind in DEFENCE.kinds else []
+    return sorted(artifact.files) if artifact.kind in KINDS else []
 
 
 def _names(kind: str, key: str, attempt: str, files: Iterable[str]) -> list[str]:
@@ -205,6 +206,7 @@ def _text(entry: Entry, result: Result, artifacts: Iterable[Artifact], stamp: st
                         each.folder.name,
                         _read(each),
                         list(result.costs[each.key].gpu_s.items()),
+                        list(result.costs[each.key].origin or ())[1:],
                     ]
                     for each in listed
                 ],
@@ -252,7 +254,7 @@ def _line(text: str, entries: Sequence[Entry]) -> _Line | None:
     artifacts = found["artifacts"]
     files = [
         name
-        for kind, key, attempt, read, _ in artifacts
+        for kind, key, attempt, read, *_ in artifacts
         for name in _names(kind, key, attempt, read)
     ]
     result = Result(
@@ -260,10 +262,16 @@ def _line(text: str, entries: Sequence[Entry]) -> _Line | None:
         entry.point,
         "done",
         {name: _metric(fields) for name, fields in found["metrics"].items()},
-        keys={name: artifacts[place][1] for name, place in found["keys"].items()},
+        keys={
+            sys.intern(name): sys.intern(artifacts[place][1])
+            for name, place in found["keys"].items()
+        },
         seconds=found["seconds"],
         changed_share=found["share"],
-        costs={key: Cost(dict(gpu_s)) for _, key, _, _, gpu_s in artifacts},
+        costs={
+            sys.intern(key): stage_cost(Origin(kind, *origin), tuple(map(tuple, gpu_s)))
+            for kind, key, _, _, gpu_s, origin in artifacts
+        },
     )
     return _Line(text, result, tuple(files), found["stamp"])
 

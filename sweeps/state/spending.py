@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -67,6 +68,18 @@ def read_spent(folder: Path) -> Spent:
     is ignored.
     """
     path = folder / NAME
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return Spent()
+    return _read_spent(path, (found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@lru_cache(4)
+def _read_spent(path: Path, stamp: tuple[int, int, int]) -> Spent:
+    """Commands ask several times, and a study of ten thousand points has as many lines tenfold. A
+    changed `stamp` reads the ledger again.
+    """
     driving_s, costs, keys = 0.0, list[Cost](), set[str]()
     session = _Session()
     stopped: Stopped | None = None
@@ -82,7 +95,7 @@ def read_spent(folder: Path) -> Spent:
                     str(event["stopped"]), event["by"], str(event["rule"]), int(event["points"])
                 )
                 gain = stopped if stopped.by == "gain" else gain
-            keys |= set(event.get("keys", ()))
+            keys.update(event.get("keys", ()))
             session.add(event)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StudyError(
@@ -101,7 +114,7 @@ class _Session:
     """
 
     last_s: float = 0.0
-    ended: list[Cost] = field(default_factory=list)
+    ended: dict[str | None, float] = field(default_factory=dict)  # GPU-seconds by type
     held: dict[str, tuple[float, GpuTypes]] = field(default_factory=dict)
 
     def add(self, event: Mapping[str, Any]) -> None:
@@ -115,12 +128,15 @@ class _Session:
             since, gpus = self.held.pop(
                 event["end"], (self.last_s, {})
             )  # the line of its start may have been deleted as damaged
-            self.ended.append(Cost.of(gpus, self.last_s - since))
+            for name, count in gpus.items():
+                if count:
+                    more = count * (self.last_s - since)
+                    self.ended[name] = self.ended.get(name, 0.0) + more
 
     def cost(self) -> Cost:
         return total(
             [
-                *self.ended,
+                Cost(self.ended),
                 *(Cost.of(gpus, self.last_s - since) for since, gpus in self.held.values()),
             ]
         )

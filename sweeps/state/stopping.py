@@ -2,11 +2,20 @@
 
 Invariant: the decision depends only on the results and their order, and not on the speed of a
 machine.
+
+The best of many noisy points looks better than it is, so a frontier of the values would grow for
+ever. The rule therefore takes each value towards the mean of all points, by the share of their
+variance that the sampling of prompts explains (James and Stein 1961). Points that differ by no more
+than that share one place, and further ones add nothing.
+
+Arrays: `values_NM` and `errors_NM` have N points and M objectives: their values, all maximised, and
+their standard errors.
 """
 
 from bisect import bisect_right
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.schedule.costs import Cost
@@ -30,14 +39,12 @@ class Gains:
         self._seen: set[str] = set()
         self._cost = Cost()
         self._spent: list[float] = []  # after each result
-        self._gains: list[
-            list[float]
-        ] = []  # each result's objectives, all maximised; empty without metrics
+        self._measured: list[list[tuple[float, float]]] = []  # of each result, its value and error
 
     @property
     def points(self) -> int:
         """The number of results so far."""
-        return len(self._gains)
+        return len(self._measured)
 
     def add(self, result: Result) -> None:
         """Add the next result, of any status. Raises StudyError for GPUs without a price when the
@@ -49,7 +56,7 @@ class Gains:
                 self._seen.add(key)
                 self._cost += cost
         self._spent.append(self._measure(len(self._spent) + 1))
-        self._gains.append(
+        self._measured.append(
             [self._up(result, name) for name in self._objectives] if result.status == "done" else []
         )
 
@@ -61,12 +68,12 @@ class Gains:
         before = bisect_right(self._spent, self._spent[-1] - per)
         if before <= self._since or before == 0:
             return ""  # not enough was spent yet
-        now, then = self._hypervolume(len(self._gains)), self._hypervolume(before)
+        now, then = self._hypervolume(len(self._measured)), self._hypervolume(before)
         if now - then >= self._rule.gain * then and now > 0:
             return ""
         return (
-            f"the hypervolume grew from {then:.4g} to {now:.4g} over the last "
-            f"{len(self._gains) - before} points, by less than"
+            f"the hypervolume, corrected for noise, grew from {then:.4g} to {now:.4g} over the "
+            f"last {len(self._measured) - before} points, by less than"
             f" {self._rule}. Change search.stop in the study file, and the same command continues"
         )
 
@@ -87,13 +94,32 @@ class Gains:
             )
         return usd
 
-    def _up(self, result: Result, name: str) -> float:
+    def _up(self, result: Result, name: str) -> tuple[float, float]:
         metric = result.metrics[name]
-        return metric.value if metric.direction == "maximise" else 1.0 - metric.value
+        value = metric.value if metric.direction == "maximise" else 1.0 - metric.value
+        return value, metric.stderr
 
     def _hypervolume(self, count: int) -> float:
-        gains = [gains for gains in self._gains[:count] if gains]
-        return hypervolume(np.array(gains).reshape(len(gains), len(self._objectives)))
+        """The hypervolume of the first `count` results, with values as `shrunken` gives them."""
+        done = [bool(measured) for measured in self._measured]
+        found = np.array([measured for measured in self._measured if measured])
+        found = found.reshape(-1, len(self._objectives), 2)
+        return hypervolume(shrunken(found[..., 0], found[..., 1])[: sum(done[:count])])
+
+
+def shrunken(values_NM: NDArray[np.float64], errors_NM: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The values, each taken towards its objective's mean by the share of the variance that the
+    errors explain.
+    """
+    if len(values_NM) < 2:
+        return values_NM
+    mean_M, variance_M = values_NM.mean(axis=0), values_NM.var(axis=0, ddof=1)
+    noise_M = (errors_NM**2).mean(axis=0)
+    kept_M = np.where(
+        variance_M > noise_M, 1 - noise_M / np.where(variance_M > 0, variance_M, 1), 0.0
+    )
+    found: NDArray[np.float64] = mean_M + kept_M * (values_NM - mean_M)
+    return found
 
 
 def still_met(study: Study, before: Stopped | None) -> Stopped | None:

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.cluster.store.resolver import Resolver
@@ -17,7 +18,7 @@ from ebbline.sweeps.study.study import Study
 from ebbline.tasks.stage import Part, Stage, stage_of
 
 TodoProgress = Callable[[int, int], None]  # (points looked up, all points)
-MODELS = -1  # place of the stages of models before fine-tuning
+MODELS = -1  # place of the stages of models before fine-tuning, and of controls
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,14 @@ class Todo:
 
 
 def todo(
-    graph: StageGraph, points: Sequence[Point], progress: TodoProgress = lambda done, of: None
+    graph: StageGraph,
+    points: Sequence[Point],
+    progress: TodoProgress = lambda done, of: None,
+    controls: Mapping[str, Mapping[str, Stage]] = MappingProxyType({}),
 ) -> Todo:
-    """Look up every stage of the models before fine-tuning and of these points."""
+    """Look up every stage of the models before fine-tuning, of these points and of `controls`, by
+    label.
+    """
     lookup = _Lookup(graph.home.store, Resolver(graph.home.store))
     for model, suites in graph.baselines().items():
         for suite, stage in suites.items():
@@ -71,6 +77,9 @@ def todo(
             lookup.look(f"{label}, {name}", stage, place)
         lookup.found.by_point.append(lookup.waits(stage for _, stage in needed))
         progress(place + 1, len(points))
+    for label, own in controls.items():
+        for name in _needed(graph.study, own, lookup.resolver):
+            lookup.look(f"{label}, {name}", own[name], MODELS)
     return lookup.found
 
 

@@ -23,7 +23,7 @@ from ebbline.sweeps.study.changes import lasting
 from ebbline.sweeps.study.database import PointDatabase
 from ebbline.sweeps.study.points import Point, current_reason
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.errors import DatabaseLost, StudyError
+from ebbline.tasks.errors import StudyError
 from ebbline.tasks.identity import digest
 from ebbline.tasks.measuring.metrics import direction
 
@@ -55,7 +55,10 @@ DIRECTIONS = {
 }
 
 
-@dataclass(frozen=True)
+_NOT_DRAWN: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A proposed point: its measured objectives (means over seeds), their standard errors, and by
     how much it misses each constraint (at most 0 when it holds). `trial` is Optuna's trial number.
@@ -72,7 +75,7 @@ class Entry:
     misses: tuple[tuple[str, float], ...] = ()
     reason: str = ""
     drawn: Mapping[str, Any] = field(
-        default_factory=dict
+        default_factory=lambda: _NOT_DRAWN
     )  # what its sampler needs to replay the draw (see ebbline.sweeps.search.samplers)
     max_seeds: int | None = None
     lost: str = ""
@@ -120,7 +123,7 @@ class Trials:
                 state=TrialState.RUNNING, user_attrs=attributes, **self.names.parameters(point)
             )
         )
-        self.entries.append(Entry(number, point, drawn=drawn or {}))
+        self.entries.append(Entry(number, point, drawn=drawn or _NOT_DRAWN))
         return len(self.entries) - 1
 
     def finish(
@@ -328,7 +331,7 @@ def _entry(trial: FrozenTrial, marks: Mapping[str, Any]) -> Entry:
         tuple(trial.user_attrs.get(ERRORS, ())),
         tuple(sorted(trial.constraints.items())),
         current_reason(str(marks.get(f"{REASON}:{trial.number}", gave_up.get("reason", "")))),
-        trial.user_attrs.get(DRAWN, {}),
+        trial.user_attrs.get(DRAWN, _NOT_DRAWN),
         gave_up.get("most"),
         current_reason(str(marks.get(f"{LOST}:{trial.number}", ""))),
     )
@@ -336,12 +339,12 @@ def _entry(trial: FrozenTrial, marks: Mapping[str, Any]) -> Entry:
 
 @contextmanager
 def reaching(database: PointDatabase) -> Iterator[None]:
-    """Turn database errors under Optuna into DatabaseLost."""
+    """Turn database errors under Optuna into those of `PointDatabase.unusable`."""
     try:
         with database.explained():
             yield
     except optuna.exceptions.StorageInternalError as error:
-        raise DatabaseLost(database.explanation(error.__cause__ or error)) from error
+        raise database.unusable(error.__cause__ or error) from error
 
 
 def caching(database: PointDatabase) -> optuna.storages.BaseStorage:

@@ -8,14 +8,17 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ebbline.tasks.specs import Frozen, Number, Positive
 
+MOST_VALUES = 1_000_000  # of a range with a step
 AxisValue = None | bool | int | Number | str
 
 
 def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """The values. Raises ValueError for a duplicate."""
-    duplicates = [value for index, value in enumerate(values) if value in values[:index]]
-    if duplicates:
-        raise ValueError(f"duplicate value {duplicates[0]!r}; remove one")
+    seen: set[Any] = set()
+    for value in values:
+        if value in seen:
+            raise ValueError(f"duplicate value {value!r}; remove one")
+        seen.add(value)
     return values
 
 
@@ -70,6 +73,10 @@ class Range(Frozen):
     def _ordered(self) -> Self:
         if not self.low < self.high:
             raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+        if self.step is not None and (self.high - self.low) / self.step > MOST_VALUES:
+            raise ValueError(
+                f"step ({self.step}) gives over {MOST_VALUES} values; give a larger one, or none"
+            )
         if self.log and (self.low <= 0 or self.step is not None):
             raise ValueError("a log range needs low > 0 and no step")
         return self

@@ -57,7 +57,10 @@ def rejections(before: _Dump, after: _Dump) -> Iterator[str]:
     yield from _search(before, after)
     yield from _replicates(before.get("replicates"), after.get("replicates"))
     yield from _adapters(before.get("adapters", {}), after.get("adapters", {}))
+    if "defences" in before:
+        yield from _defences(before["defences"], after.get("defences", {}))
     may_change = {"axes", "models", "seeds", "search", "replicates", "adapters", *TEXTS}
+    may_change |= {"defences"} & before.keys()
     yield from _same(
         "",
         {k: v for k, v in before.items() if k not in may_change},
@@ -122,6 +125,23 @@ def _adapters(before: _Dump, after: _Dump) -> Iterator[str]:
             yield f"adapters.{name}: an adapter that has points cannot be removed"
         else:
             yield from _same(f"adapters.{name}", before[name], after[name])
+
+
+def _defences(before: _Dump, after: _Dump) -> Iterator[str]:
+    for name in before:
+        where = f"defences.{name}"
+        if name not in after:
+            yield f"{where}: a defence that has points cannot be removed"
+            continue
+        for knob in sorted({*before[name], *after[name]}):
+            old, new = before[name].get(knob), after[name].get(knob)
+            if isinstance(old, Mapping | list) and isinstance(new, Mapping | list):
+                yield from _axis(f"{where}.{knob}", old, new)
+            elif old != new:
+                yield (
+                    f"{where}.{knob}: {_short(old)} -> {_short(new)}; this would change the "
+                    "meaning of existing points"
+                )
 
 
 def _axes(where: str, before: _Dump, after: _Dump) -> Iterator[str]:
@@ -223,13 +243,20 @@ FIRST_FIELDS = (
 def lasting(dump: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a dumped study that may not change once it has run.
 
-    It leaves out the budget, the placement, `search.order`, `search.stop`, and the paths of pinned
-    content. Fields that earlier versions lacked are left out at their defaults. A missing sampler
-    counts as tpe, the only default of earlier versions.
+    It leaves out the budget, the controls, `confirm` (its own study is frozen when it begins), the
+    placement, `search.order`, `search.stop`, and the paths of pinned content. Fields that earlier
+    versions lacked are left out at their defaults. A missing sampler counts as tpe, the only
+    default of earlier versions.
     """
-    plain = {"replicates": Replicates().model_dump(mode="json"), "adapters": {}}
+    plain = {
+        "replicates": Replicates().model_dump(mode="json"),
+        "adapters": {},
+        "subsets": None,
+    }
     kept = {
-        key: value for key, value in dump.items() if key != "budget" and value != plain.get(key)
+        key: value
+        for key, value in dump.items()
+        if key not in ("budget", "controls", "confirm") and value != plain.get(key)
     }
     models = {
         name: {key: value for key, value in model.items() if key not in PLACEMENT}

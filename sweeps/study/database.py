@@ -12,6 +12,7 @@ continues the existing study.
 
 import hashlib
 import os
+import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from urllib.parse import quote
 import sqlalchemy
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-from ebbline.tasks.errors import DatabaseLost, StudyError, StudyHeld
+from ebbline.tasks.errors import DatabaseLost, EbblineError, StudyError, StudyHeld
 
 ENVIRONMENT = "EBBLINE_STORAGE"
 CONNECT_S = 5
@@ -47,8 +48,9 @@ class PointDatabase:
 
     @property
     def exists(self) -> bool:
-        """Whether the file exists: the first driver makes it. True for a shared database."""
-        return self.shared or Path(self._file).exists()
+        """Whether the file has a database: the first driver makes it. True for a shared one."""
+        file = Path(self._file)
+        return self.shared or (file.exists() and (file.is_dir() or file.stat().st_size > 0))
 
     def make_folder(self) -> None:
         """Make the folder of the file, for a writer."""
@@ -125,16 +127,27 @@ class PointDatabase:
         try:
             yield
         except SQLAlchemyError as error:
-            raise DatabaseLost(self.explanation(error)) from error
+            raise self.unusable(error) from error
         except ImportError as error:
             raise StudyError(
                 f"a PostgreSQL database needs psycopg, which is not installed ({error}): "
                 "pip install 'ebbline[postgres]'"
             ) from error
 
+    def unusable(self, error: BaseException) -> EbblineError:
+        """StudyError for a damaged SQLite file; DatabaseLost when a later try may succeed."""
+        cause = error.orig if isinstance(error, DBAPIError) else None
+        operational = isinstance(cause, sqlite3.OperationalError)  # such as a locked file
+        if isinstance(cause, sqlite3.DatabaseError) and not operational:
+            return StudyError(
+                f"{self._file} is no database any more: {_first_line(error)}. Restore it from a "
+                "copy, or move it away: the finished stages are in the store, and the same "
+                "command finds them there"
+            )
+        return DatabaseLost(self.explanation(error))
+
     def explanation(self, error: BaseException) -> str:
-        cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-        message = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        message = _first_line(error)
         shown = sqlalchemy.make_url(self.url).render_as_string(hide_password=True)
         return (
             f"the database with the study's points, {shown}, cannot be used: {message}. "
@@ -209,6 +222,11 @@ def shared_url(profile_url: str | None) -> str | None:
             " Without it each study keeps an SQLite file of its own"
         )
     return url.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+
+
+def _first_line(error: BaseException) -> str:
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
 
 
 def _named(driver: str) -> dict[str, Any]:

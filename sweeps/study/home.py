@@ -40,6 +40,7 @@ from ebbline.tasks.identity import digest
 from ebbline.tasks.paths import is_inside
 
 FILE = "file"
+LONGEST_PATH = 4096
 SHOWN_FAULTS = 3  # of a stored study that cannot be read
 POINTS_NAME = "points_name"
 MIRROR_LOCK = Path("wandb", "mirror.lock")  # held by the W&B mirror of a study
@@ -50,6 +51,8 @@ class Home:
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
+        if self.root.is_file():
+            raise StudyError(f"{root} is a file, and a home is a folder; name another --home")
         self.profile = read_profile(self.root / "cluster.yaml")
         self.store = store_of(self.root, self.profile)
 
@@ -73,9 +76,8 @@ class Home:
         """
         url = shared_url(self.profile.storage)
         if url is None:
-            kept = self.path(study) / POINTS_NAME
-            name = kept.read_text() if kept.exists() else study
-            return PointDatabase(sqlite_url(self.path(study) / "optuna.db"), name)
+            name = self._kept_text(self.path(study) / POINTS_NAME, "its name in its database")
+            return PointDatabase(sqlite_url(self.path(study) / "optuna.db"), name or study)
         store = self.profile.store or ""
         return PointDatabase(url, f"{study}@{digest(store if '://' in store else self.id)[:12]}")
 
@@ -83,25 +85,53 @@ class Home:
         """The argument for ebbline.sweeps.study.study_file.load: for a study of this home its file
         of the last run, else `name` unchanged.
         """
-        path = self.path(name) / FILE
-        return path.read_text() if is_plain(name) and path.is_file() else name
+        return self._kept_file(name) or name if is_plain(name) else name
 
     def run_from(self, file: Path) -> str | None:
         """The study whose last run was from this file; None for another file."""
         for name in self.studies():
-            path = self.path(name) / FILE
-            if path.is_file() and path.read_text() == str(file.resolve()):
+            if self._kept_file(name) == str(file.resolve()):
                 return name
         return None
 
+    def _kept_file(self, name: str) -> str | None:
+        """The path of the file of a study's last run; None if it is not known. Raises StudyError if
+        the record of it is damaged.
+        """
+        return self._kept_text(self.path(name) / FILE, "the path of the study's file")
+
+    def _kept_text(self, path: Path, what: str) -> str | None:
+        if not path.is_file():
+            return None
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError:
+            text = "\0"
+        if any(ord(letter) < 32 for letter in text) or len(text) > LONGEST_PATH:
+            raise StudyError(
+                f"{path} is damaged: it must hold {what}. Remove it, and name the study's file "
+                "in the next command"
+            )
+        return text
+
     def keep_file(self, study: str, source: Path) -> None:
         """Record the file that a study is run from."""
-        (self.folder(study) / FILE).write_text(str(source.resolve()))
+        path = str(source.resolve())
+        write_whole(self.folder(study) / FILE, lambda fresh: fresh.write_text(path, "utf-8"))
 
     @property
-    def digests(self) -> Path:
-        """The cache of content digests of local models and data."""
-        return self.root / "digests.json"
+    def digests(self) -> Path | None:
+        """The cache of content digests of local models and data; None where there is no home, so
+        that looking makes none.
+        """
+        return self.root / "digests.json" if self.exists else None
+
+    @property
+    def exists(self) -> bool:
+        """Whether the folder is a home: it has a profile, a study or a store."""
+        return any(
+            (self.root / name).exists() for name in ("cluster.yaml", "studies", "store", "id")
+        )
 
     def has_run(self, study: str) -> bool:
         """Whether a driver of this home has begun the study."""
@@ -133,8 +163,8 @@ class Home:
         path = self.path(study) / "study.json"
         if not path.exists():
             return None
-        file = path.with_name(FILE)
-        folder = Path(file.read_text()).parent if file.is_file() else Path.cwd()
+        file = self._kept_file(study)
+        folder = Path(file).parent if file else Path.cwd()
         try:
             text = self.kept(study)
             return Study.model_validate_json(text, context={"folder": folder})
@@ -156,12 +186,17 @@ class Home:
         write_whole(self.folder(study) / "study.json", lambda fresh: fresh.write_text(text))
 
     @property
+    def known_id(self) -> str | None:
+        """`id` for readers: None for a home that has none yet."""
+        return self.id if (self.root / "id").exists() else None
+
+    @property
     def id(self) -> str:
         """The name of this home in a shared store or database. It moves with the folder."""
         path = self.root / "id"
         if not path.exists():
             self.root.mkdir(parents=True, exist_ok=True)
-            fresh = self.root / f".id.{os.getpid()}"
+            fresh = self.root / f".id.{uuid.uuid4().hex[:12]}"
             fresh.write_text(uuid.uuid4().hex)
             with suppress(FileExistsError):  # another driver was first
                 os.link(fresh, path)
@@ -224,7 +259,7 @@ def is_plain(name: str) -> bool:
 
 def renamed(text: str, name: str) -> str:
     """A study's JSON under this name. A damaged text is unchanged: its reader names the fault."""
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         found = json.loads(text)
         if isinstance(found, dict) and found.get("study", name) != name:
             return json.dumps({**found, "study": name}, indent=1)
@@ -236,4 +271,16 @@ def store_of(root: Path, profile: Profile) -> Store:
     HOME/store when it names none.
     """
     place = profile.store or "store"
-    return Store(place if "://" in place else root / Path(place).expanduser(), profile.cache_gb)
+    if "://" in place:
+        return Store(place, profile.cache_gb)
+    try:
+        folder = root / Path(place).expanduser()
+        store = Store(folder, profile.cache_gb)
+    except RuntimeError as error:  # an unknown user, or links in a circle
+        raise StudyError(
+            f"the store {place} of {root} cannot be found ({error}); write the whole path of a "
+            "folder as `store` in cluster.yaml"
+        ) from None
+    if folder.is_file():
+        raise StudyError(f"the store {folder} is a file; move it away, or name another folder")
+    return store

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ebbline.sweeps.study.reading.row_sets import row_sets
+from ebbline.sweeps.study.reading.yaml_text import text_of
 from ebbline.sweeps.study.references import Hub, Local
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import (
@@ -37,7 +38,7 @@ def pin_study(name: str, to: Path, update: bool = False) -> Iterator[str]:
     PinError for references without a pin, after writing the others.
     """
     source = source_of(name)
-    text = source.read_text("utf-8")
+    text = text_of(source)
     if to.exists() and to.resolve() != source.resolve():
         if not update:
             raise StudyError(
@@ -45,7 +46,7 @@ def pin_study(name: str, to: Path, update: bool = False) -> Iterator[str]:
                 f"and to pin files that changed anew, add --update"
             )
         text = _text_to_update(source, to)
-    study = parse(to, text)
+    study = parse(to, text, to if to.exists() else source)
     require_rows(study)
     pins, failed = {}, []
     for where, reference in references(study) if update else unpinned(study):
@@ -89,7 +90,7 @@ def _text_to_update(source: Path, to: Path) -> str:
             f"{to} has other settings than {source}, and --update changes pins only:\n{lines}\n"
             f"To update its own pins, run `ebbline pin {to} --update`"
         )
-    return to.read_text("utf-8")
+    return text_of(to)
 
 
 def require_rows(study: Study) -> None:

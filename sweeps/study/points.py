@@ -6,32 +6,35 @@ keeps each one's value.
 
 This module alone decides what two points share. Points share
 
-    adapter_of        one training and one `project` stage: they differ only in the knobs
-    without_defence   all settings but the defence's
+    adapter_of        one training and one first stage of one defence: they differ only in the knobs
+    without_defence   all settings but those of defences
     training_of       one training: they differ only in what changes its adapter afterwards
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
 
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.sweeps.study.adapters.branches import ADAPTER, Branch
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.defence import Defence
+from ebbline.tasks.defences.in_use import AXIS, DEFENCES, KINDS, is_knob, owns
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.identity import digest
 from ebbline.tasks.measuring.metrics import Metric
-from ebbline.tasks.specs import AdapterSpec, TrainSpec
+from ebbline.tasks.specs import AdapterSpec, LoxSpec, TrainSpec
 
 _STAGE_NAME = re.compile(r"(?P<part>[^#\[]+)(#(?P<block>\d+))?\[seed=(?P<seed>\d+)\]")
-# Stages that make a point's adapter; also prefixes of their axes. Of an adapter from outside,
+# Stages that make a point's adapter; also prefixes of their axes. `lox` makes the model that is
+# trained. Of an adapter from outside,
 # `adapter` is its stage, and the axis with its name.
-OF_TRAINING = ("data", "train", ADAPTER)
+OF_TRAINING = ("data", LoxSpec.KIND, "train", ADAPTER)
 Value = None | bool | int | float | str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Point:
     """`values` maps an axis (`train.rank`) to its value, in the order of the axes' names."""
 
@@ -61,6 +64,12 @@ def brought(point: Point) -> str | None:
     return None if name is None else str(name)
 
 
+def defence_of(point: Point) -> Defence:
+    """The defence of a point; Safe LoRA in a study that names none."""
+    name = dict(point.values).get(AXIS)
+    return SAFE_LORA if name is None else DEFENCES[str(name)]
+
+
 def own_seeds(seeds: Sequence[int], point: Point) -> Sequence[int]:
     """Those of a study's seeds that a point has: an adapter from outside is measured once, under
     the first.
@@ -70,7 +79,11 @@ def own_seeds(seeds: Sequence[int], point: Point) -> Sequence[int]:
 
 def is_of(point: Point, branch: Branch) -> bool:
     """Whether a point belongs to a branch of the space."""
-    return point.model == branch.model and (brought(point) is None) != (ADAPTER in branch.axes)
+    return (
+        point.model == branch.model
+        and (brought(point) is None) != (ADAPTER in branch.axes)
+        and defence_of(point) is branch.defence
+    )
 
 
 def adapter_stage(point: Point) -> str:
@@ -79,13 +92,13 @@ def adapter_stage(point: Point) -> str:
 
 
 def adapter_of(point: Point) -> Point:
-    """The point without the defence's knobs."""
-    return _kept(point, lambda axis: not DEFENCE.is_knob(axis))
+    """The point without its defence's knobs."""
+    return _kept(point, lambda axis: not is_knob(axis))
 
 
 def without_defence(point: Point) -> Point:
-    """The point without the defence's knobs and its other settings."""
-    return _kept(point, lambda axis: not DEFENCE.owns(axis))
+    """The point without its defence: neither its name nor its knobs and other settings."""
+    return _kept(point, lambda axis: not owns(axis))
 
 
 def training_of(point: Point) -> Point:
@@ -167,6 +180,25 @@ def ended(reason: str) -> Status:
 
 
 @dataclass(frozen=True)
+class Confirmed:
+    """What `ebbline confirm` measured of a point, on prompts that chose nothing.
+
+    `adapters` has the metrics of each adapter of the study, by its training seed. `setting` has the
+    metrics over the fresh seeds in `seeds`; it is empty for an adapter that the study did not
+    train. `among` counts the points that were confirmed: each claim is corrected for them. `study`,
+    `number` and `keys` say where the measurements are.
+    """
+
+    study: str
+    number: int
+    among: int
+    adapters: Mapping[int, Mapping[str, Metric]]
+    setting: Mapping[str, Metric] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """One point of a study: its metrics by full name (`refusal.refusal_rate`), pooled over seeds,
     or `reason` when it has none.
@@ -180,6 +212,8 @@ class Result:
     `keys` maps the name of a stage (`train[seed=0]`) to its key in the store. `seconds` is the run
     time of the stages, including stages shared with earlier points. `costs` maps the key of each of
     its stages, and of the stages above them, to its cost.
+
+    `confirmed` is what was measured of it after the search; None before that.
     """
 
     number: int
@@ -192,6 +226,16 @@ class Result:
     changed_share: float | None = None
     costs: Mapping[str, Cost] = field(default_factory=dict)
     same_as: int | None = None
+    confirmed: Confirmed | None = None
+
+
+_NO_COSTS: Mapping[str, Cost] = {}
+_NO_KEYS: Mapping[str, str] = {}
+
+
+def without_stages(result: Result) -> Result:
+    """The result without the keys and costs of its stages, which are most of its memory."""
+    return replace(result, keys=_NO_KEYS, costs=_NO_COSTS)
 
 
 def distinct(results: Sequence[Result]) -> list[Result]:
@@ -210,7 +254,7 @@ def is_as_trained(result: Result) -> bool:
     no module, and no stage of another kind is between training and measuring.
     """
     suites = {name.rpartition(".")[0] for name in result.metrics}
-    expected = {*OF_TRAINING, *DEFENCE.kinds, *suites}
+    expected = {*OF_TRAINING, *KINDS, *suites}
     parts = {StageName.parse(name).part for name in result.keys}
     # `generate:refusal` serves a suite; the name of a stage that changes adapters has no colon.
     return not result.changed_share and all(part in expected or ":" in part for part in parts)

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from ebbline.sweeps.study.axes import AxisValue, distinct
+from ebbline.sweeps.study.references import DataRef
 from ebbline.tasks.specs import Count, Frozen, Number, Positive, Seed
 
 Order = Literal["as_they_land", "in_turn"]
@@ -58,6 +59,27 @@ class Replicates(Frozen):
     at_least: Count = 1
 
 
+class Controls(Frozen):
+    """The controls of each defence (see ebbline.tasks.defences.controls), run after the search.
+
+    `settings` is the number of settings of a defence that get controls: its operating point, then
+    its measured neighbours on both sides. `draws` is the number of draws of a random control. In a
+    study file, `false` is no setting, `true` the default, and a number is `settings`.
+    """
+
+    settings: Annotated[int, Field(ge=0, le=9)] = 3
+    draws: Annotated[int, Field(ge=1, le=20)] = 3
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, given: object) -> object:
+        if given is True:
+            return {}
+        if given is False:
+            return {"settings": 0}
+        return {"settings": given} if isinstance(given, int) else given
+
+
 # A name becomes a file's name, so it does not end with a dot, which some file systems drop, and
 # leaves room for the rest: they take at most 255 bytes.
 Name = Annotated[
@@ -86,6 +108,9 @@ SURROGATE_AXES = 12  # with more axes a Gaussian process needs more points than 
 TPE_POINTS = 1000
 
 
+Points = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
 class Search(Frozen):
     """How points are chosen: the points in `first`, then the sampler's (Study.sampler gives the
     default sampler).
@@ -101,8 +126,8 @@ class Search(Frozen):
     """
 
     sampler: Sampler | None = None
-    points: Count | None = None
-    window: Count | None = None
+    points: Points | None = None
+    window: Points | None = None
     seed: Seed = 0
     first: tuple[dict[str, AxisValue], ...] = ()
     list: tuple[dict[str, AxisValue], ...] = ()
@@ -122,6 +147,24 @@ class Search(Frozen):
         turn, and to the rivals of a race in either order.
         """
         return self.window or DEFAULT_WINDOW
+
+
+FRESH_SEEDS = (101, 102, 103, 104, 105)
+FEWEST_FRESH = 3
+
+
+class Confirm(Frozen):
+    """What `ebbline confirm` measures the nominated points with: nothing of it may choose a point.
+
+    `suites` maps a suite to other prompts for it, which no search and no training has. `seeds` are
+    training seeds that the search does not use; at least FEWEST_FRESH, because a claim about a
+    setting rests on them.
+    """
+
+    suites: Annotated[dict[Name, DataRef], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=FEWEST_FRESH), AfterValidator(distinct)] = (
+        FRESH_SEEDS
+    )
 
 
 class Budget(Frozen):

@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, model_validator
 
 from ebbline.tasks.errors import PinError
 from ebbline.tasks.identity import content_digest, digest_files, file_digest, folder_files
@@ -15,6 +15,12 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
 
+def _plain_text(path: str) -> str:
+    if not path.isprintable():
+        raise ValueError("a path with control characters is refused; rename the file")
+    return path
+
+
 class Local(Frozen):
     """A file or folder on this machine; `sha256` is its content digest.
 
@@ -22,20 +28,28 @@ class Local(Frozen):
     `package` names one.
     """
 
-    path: str
-    package: str | None = None
+    path: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_plain_text)]
+    package: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
     sha256: Sha256 | None = None
     _folder: Path = PrivateAttr(default_factory=Path)
 
     @model_validator(mode="after")
     def _remember_folder(self, info: ValidationInfo) -> Self:
+        if self.package is not None and not is_inside(self.path):
+            raise ValueError(f"`path` is {self.path!r}; give the path of a file in the package")
         if info.context:
             self._folder = info.context["folder"]
         return self
 
     def located(self) -> Path:
         """The path of the content. Raises PinError when there is none."""
-        path = self._folder / Path(self.path).expanduser()
+        try:
+            path = self._folder / Path(self.path).expanduser()
+        except RuntimeError:
+            raise PinError(
+                f"{self.path} begins with the home of a user that this machine does not know; "
+                "write the whole path"
+            ) from None
         if self.package is not None:
             spec = importlib.util.find_spec(self.package)
             if spec is None or spec.origin is None:
@@ -81,7 +95,7 @@ def template_text(path: Path) -> str:
 class Hub(Frozen):
     """A model or data set on the Hugging Face hub at a commit; `file` names one file of it."""
 
-    id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    id: Annotated[str, Field(pattern=r"^\w[\w.-]*/\w[\w.-]*$")]
     commit: Commit | None = None
     sha256: Sha256 | None = None
     file: str | None = None
@@ -153,6 +167,13 @@ class Tuned(Frozen):
                 "train.chat: give models.NAME.chat instead, which evaluation also uses"
             )
         return self
+
+
+class JudgeAdapter(OneOf):
+    """A judge that is published as an adapter: a PEFT folder or repository."""
+
+    path: Local | None = None
+    hub: Hub | None = None
 
 
 class ModelRef(OneOf):

@@ -11,6 +11,7 @@ import numpy as np
 from ebbline.sweeps.study.axes import AxisValue, Range, count_of, values_of
 from ebbline.sweeps.study.points import Point, Value
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.in_use import AXIS
 from ebbline.tasks.errors import StudyError
 
 LISTED = 100_000  # points of the largest space that is listed whole
@@ -84,7 +85,9 @@ def listed(row: Mapping[str, AxisValue], study: Study, where: str) -> Point:
     if model not in study.models:
         raise StudyError(f"{where} must give `model` (one of {sorted(study.models)})")
     branches = study.branches_of(model)
-    axes = next((branch.axes for branch in branches if set(branch.axes) == set(values)), None)
+    fitting = [branch.axes for branch in branches if set(branch.axes) == set(values)]
+    of_defence = [axes for axes in fitting if (values.get(AXIS),) == axes.get(AXIS, (None,))]
+    axes = next(iter(of_defence or fitting), None)
     if axes is None:
         wanted = " or ".join(str(sorted(branch.axes)) for branch in branches)
         raise StudyError(

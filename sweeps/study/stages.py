@@ -4,7 +4,7 @@ ebbline.sweeps.state.outcome reads the measurements of these stages.
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -15,6 +15,7 @@ from ebbline.cluster.executors.executor import Needs
 from ebbline.cluster.schedule.needs import default_needs
 from ebbline.sweeps.study.adapters.kept import keep, kept_path
 from ebbline.sweeps.study.adapters.reference import AdapterFolder
+from ebbline.sweeps.study.defended.named import message_of
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.pins import require_pins
 from ebbline.sweeps.study.points import (
@@ -25,26 +26,31 @@ from ebbline.sweeps.study.points import (
     Value,
     adapter_of,
     brought,
+    defence_of,
     own_seeds,
     training_of,
 )
 from ebbline.sweeps.study.references import Data, DataRef, Hub, Local, ModelRef
-from ebbline.sweeps.study.study import Model, Study
+from ebbline.sweeps.study.study import Judge, Model, Study
 from ebbline.sweeps.study.suites import blocks_of, stages_of
-from ebbline.tasks.defences.in_use import DEFENCE
-from ebbline.tasks.errors import PinError, StudyError
+from ebbline.tasks.defences.controls.registry import control_named
+from ebbline.tasks.defences.defence import Defence
+from ebbline.tasks.errors import PinError, ProjectionError, StudyError
 from ebbline.tasks.identity import digest
 from ebbline.tasks.models.brought.work import as_training
 from ebbline.tasks.specs import (
     DEFAULT_CHAT,
     AdapterSpec,
+    ApplySpec,
     Block,
     Chat,
     ConvertSpec,
     DataSpec,
+    DefendSpec,
     Dtype,
     JudgeSpec,
     LanguageSpec,
+    LoxSpec,
     OrganismSpec,
     Spec,
     TrainSpec,
@@ -85,13 +91,12 @@ class StageGraph:
         self._judges = {
             name: (
                 judge.settings,
-                None
-                if judge.model is None
-                else self._model(judge.model, judge.settings.dtype, None),
+                self._judge_inputs(judge),
             )
             for name, judge in study.judges.items()
         }
         self._families = {name: self._family(name, model) for name, model in study.models.items()}
+        self._defences = {each.name: study.defence_specs(each) for each in study.used_defences}
         self._initial = dict(self.labels), dict(self._needs)
 
     def fresh_copy(self) -> "StageGraph":
@@ -170,26 +175,106 @@ class StageGraph:
 
     def _seed_stages(self, point: Point, seed: int) -> dict[StageName, Stage]:
         parts = self._adapter_stages(point, seed)
-        measures, makes = DEFENCE.measures.KIND, DEFENCE.makes.KIND
-        defended = Stage(
-            _with(self.study.settings[makes], makes, dict(point.values)),
-            {
-                "adapter": _adapter_in(parts),
-                DEFENCE.measured_input: parts[measures],
-            },
-        )
+        makes = defence_of(point).makes.KIND
         stages = {StageName(name, seed): stage for name, stage in parts.items()}
+        defended = self._made(point, parts)
         stages[StageName(makes, seed)] = defended
-        for suite, entry in self.study.suites.items():
+        adapter = _adapter_in({makes: defended})
+        return stages | self._measured(point, seed, adapter, list(self.study.suites))
+
+    def _made(self, point: Point, parts: Mapping[str, Stage]) -> Stage:
+        """The stage that makes the point's adapter from the stages of `_adapter_stages`."""
+        defence = defence_of(point)
+        inputs: dict[str, Input] = {
+            "adapter": _adapter_in(parts),
+            defence.measured_input: parts[defence.measures.KIND],
+        }
+        if defence.method is not None and defence.method.reads_safety:
+            inputs["safety"] = _adapter_in({AdapterSpec.KIND: self._safety(point.model)})
+        return Stage(self._specs(defence, dict(point.values))[1], inputs)
+
+    def control_stages(self, point: Point, control: str, draw: int | None) -> dict[str, Stage]:
+        """Stage name -> stage, for every replicate of a control of a point's defence. A control is
+        measured by the suites of the objectives and of the refusal rate alone.
+        """
+        stages: dict[str, Stage] = {}
+        defence, values = defence_of(point), dict(point.values)
+        for seed in (seeds := own_seeds(self.study.seeds, point)):
+            parts = dict(self._adapter_stages(point, seed))
+            specs = self._specs(defence, values)
+            if control_named(control).rotates:
+                rotated = defence.rotated(specs, self.study.used_controls.draws)
+                given = parts[defence.measures.KIND].inputs
+                inputs = {**given, **self._models(point.model)}
+                parts[rotated.KIND] = Stage(rotated, inputs)
+                measured = parts[rotated.KIND]
+            else:
+                measured = parts[defence.measures.KIND]
+            read: dict[str, Input] = {"adapter": _adapter_in(parts), "measurement": measured}
+            if defence.method is not None and defence.method.reads_safety:
+                read["safety"] = _adapter_in({AdapterSpec.KIND: self._safety(point.model)})
+            made = Stage(defence.controlled(specs, control, draw), read)
+            named = {StageName(name, seed): stage for name, stage in parts.items()}
+            named[StageName(DefendSpec.KIND, seed)] = made
+            adapter = _adapter_in({DefendSpec.KIND: made})
+            named |= self._measured(point, seed, adapter, self._main_suites())
+            self._place(point.model, named.values())
+            what = control if draw is None else f"{control} {draw}"
+            for name, stage in named.items():
+                stages[sys.intern(str(replace(name, seed=seed)))] = stage
+                own = f" seed={seed}" if len(seeds) > 1 else ""
+                self.labels.setdefault(stage.lineage, f"{name.part} {what} of {point}{own}")
+        return stages
+
+    def _models(self, model: str) -> dict[str, Input]:
+        """The two models that a defence compares; none without a base."""
+        family = self._families[model]
+        if family.unaligned is None:
+            return {}
+        return {"base": family.unaligned, "aligned": family.aligned}
+
+    def _specs(self, defence: Defence, values: Mapping[str, Value]) -> tuple[Spec, Spec]:
+        """The Specs of a defence's two stages. Raises StudyError for invalid settings."""
+        own = {axis: value for axis, value in values.items() if defence.owns(axis)}
+        try:
+            return defence.with_values(self._defences[defence.name], own)
+        except (ProjectionError, ValidationError) as error:
+            raise StudyError(f"{defence.name} with {own}: {message_of(error)}") from None
+
+    def _safety(self, model: str) -> Stage:
+        """The stage that checks a size's safety adapter."""
+        reference = self.study.models[model].safety
+        if reference is None:
+            raise StudyError(f"models.{model}.safety is missing: the adapter to merge with")
+        source = self._outside(reference.path or reference.hub, "model")
+        return Stage(AdapterSpec(), {"source": source, "model": self._families[model].aligned})
+
+    def _main_suites(self) -> list[str]:
+        """The suites of the objectives and of the refusal rate."""
+        refusal = self.study.refusal_metric
+        main = {name.rpartition(".")[0] for name in (*self.study.objectives, refusal or "")}
+        return [suite for suite in self.study.suites if suite in main]
+
+    def _measured(
+        self, point: Point, seed: int, defended: Input, suites: Sequence[str]
+    ) -> dict[StageName, Stage]:
+        """The stages that measure an adapter with these suites."""
+        stages = dict[StageName, Stage]()
+        parts = self._adapter_stages(point, seed)
+        adapted = (parts.get(TrainSpec.KIND) or parts[AdapterSpec.KIND]).inputs["model"]
+        for suite in suites:
+            entry = self.study.suites[suite]
             blocks: list[Block] | list[None] = blocks_of(entry.measure) or [None]
             for block in blocks:
-                own = self._suite_stages(point.model, suite, defended, block, brought(point))
+                own = self._suite_stages(
+                    point.model, suite, defended, block, brought(point), adapted
+                )
                 for name, stage in own.items():
                     stages[StageName(name, seed, None if block is None else block.index)] = stage
         return stages
 
     def _adapter_stages(self, point: Point, seed: int) -> dict[str, Stage]:
-        """The stages that all settings of the defence's knobs share; cached, because points of one
+        """The stages that all settings of a defence's knobs share; cached, because points of one
         adapter follow each other.
         """
         values = dict(adapter_of(point).values)
@@ -202,9 +287,10 @@ class StageGraph:
                 if name is None
                 else self._brought(name, family)
             )
-            kind = DEFENCE.measures.KIND
-            first_spec = _with(self.study.settings[kind], kind, values)
-            inputs = self._defence_inputs(family, first_spec, lora)
+            defence = defence_of(point)
+            kind = defence.measures.KIND
+            first_spec = self._specs(defence, values)[0]
+            inputs = self._defence_inputs(defence, family, first_spec, lora)
             first_stage = Stage(first_spec, {"adapter": _adapter_in(made), **inputs})
             shared = {name: stage for name, stage in inputs.items() if isinstance(stage, Stage)}
             if len(self._adapters) >= CACHED_ADAPTERS:
@@ -223,18 +309,38 @@ class StageGraph:
         if self.study.data is None or self.study.train is None:
             raise StudyError("the study has no `train`, so its points are those of `adapters`")
         model = self.study.models[name]
+        of_training, of_data = self.study.drawn_by(seed)
         data = self._data(
-            self.study.data, _with(self.study.data.settings, "data", values, seed=seed)
+            self.study.data, _with(self.study.data.settings, "data", values, seed=of_data)
         )
-        settings = _with(model.train_settings(self.study.train), "train", values, seed=seed)
-        inputs = {"model": self._families[name].aligned, "data": Part(data, DataSpec.ROWS)}
+        settings = _with(
+            model.train_settings(self.study.train), "train", values, seed=of_training
+        ).without_idle_settings()
+        family = self._families[name]
+        started, extrapolated = self._started(family, values)
+        inputs = {"model": started, "data": Part(data, DataSpec.ROWS)}
+        if settings.reads_alignment and family.unaligned is not None:
+            inputs |= {"base": family.unaligned, "aligned": family.aligned}
         train = Stage(settings, inputs)
         if settings.method == "full":
             raise StudyError(
-                f"a point's train.method must be 'lora': {DEFENCE.words.name} projects "
-                "adapters; `tuned` models may be full"
+                "a point's train.method must be 'lora': defences change adapters; `tuned` models "
+                "may be full"
             )
-        return {"data": data, "train": train}, settings
+        return {"data": data, **extrapolated, "train": train}, settings
+
+    def _started(
+        self, family: Family, values: Mapping[str, Value]
+    ) -> tuple[Input, dict[str, Stage]]:
+        """The model that a point's training starts from, and the stage that makes it: the aligned
+        model, or LoX of it.
+        """
+        settings = _with(self.study.lox, LoxSpec.KIND, values)
+        if settings.factor == 0 or family.unaligned is None:
+            return family.aligned, {}
+        models = {"model": family.aligned, "base": family.unaligned}
+        lox = Stage(settings, models)
+        return Part(lox, LoxSpec.MODEL), {LoxSpec.KIND: lox}
 
     def _brought(self, name: str, family: Family) -> tuple[dict[str, Stage], TrainSpec]:
         """The stage of an adapter from outside, and its rank and modules as training settings."""
@@ -247,32 +353,34 @@ class StageGraph:
         return {AdapterSpec.KIND: adapter}, as_training(source.location)
 
     def _defence_inputs(
-        self, family: Family, first_spec: Spec, train: TrainSpec
+        self, defence: Defence, family: Family, first_spec: Spec, train: TrainSpec
     ) -> dict[str, Input]:
-        """The inputs of the defence's first stage beside the adapter: the two models, or one stage
+        """The inputs of a defence's first stage beside the adapter: the two models, or one stage
         over them that all adapters share.
         """
-        if family.unaligned is None:
+        if family.unaligned is None or not defence.reads_models:
             return {}
         models: dict[str, Input] = {"base": family.unaligned, "aligned": family.aligned}
-        shared = DEFENCE.shared(first_spec, train)
+        shared = defence.shared(first_spec, train)
         return models if shared is None else {shared.KIND: Stage(shared, models)}
 
     def _suite_stages(
         self,
         name: str,
         suite: str,
-        adapter: Stage | None,
+        adapter: Input | None,
         block: Block | None = None,
         brought_as: str | None = None,
+        adapted: Input | None = None,
     ) -> dict[str, Stage]:
         """The stages of one suite, or of one of its blocks, on a model with an adapter; without an
-        adapter before fine-tuning. `brought_as` is the adapter's name in `adapters`.
+        adapter before fine-tuning. `brought_as` is the adapter's name in `adapters`, `adapted` the
+        model that it was trained on, by default the aligned one.
         """
         model, entry = self.study.models[name], self.study.suites[suite]
         inputs: dict[str, Input] = {
-            "model": self._families[name].aligned,
-            "prompts": self._rows(entry.prompts),
+            "model": adapted or self._families[name].aligned,
+            "prompts": self.rows(entry.prompts),
         }
         if adapter is not None:
             inputs["adapter"] = adapter
@@ -348,17 +456,27 @@ class StageGraph:
             return Part(Stage(ConvertSpec(dtype=dtype), {"source": source}), ConvertSpec.MODEL)
         return self._outside(reference.path or reference.hub, "model")
 
+    def _judge_inputs(self, judge: Judge) -> dict[str, Input]:
+        """The weights of a judge; empty for one at an endpoint."""
+        if judge.model is None:
+            return {}
+        found = {"model": self._model(judge.model, judge.settings.dtype, None)}
+        if judge.adapter is not None:
+            found["adapter"] = self._outside(judge.adapter.path or judge.adapter.hub, "model")
+        return found
+
     def _data(self, data: Data, settings: DataSpec) -> Stage:
-        inputs = {"pool": self._rows(data.pool)}
+        inputs = {"pool": self.rows(data.pool)}
         if settings.mix_share > 0:
             if data.mix is None:
                 raise StudyError(
                     f"data.mix_share is {settings.mix_share}, but data.mix names no second set"
                 )
-            inputs["mix"] = self._rows(data.mix)
+            inputs["mix"] = self.rows(data.mix)
         return Stage(settings, inputs)
 
-    def _rows(self, reference: DataRef) -> Input:
+    def rows(self, reference: DataRef) -> Input:
+        """The rows of a reference, as stages read them."""
         if reference.language is not None:
             return Part(self._language, reference.language)
         return self._outside(reference.path or reference.hub, "dataset")
@@ -395,12 +513,16 @@ class StageGraph:
         return Source(found, str(path.resolve()))
 
 
-def _adapter_in(stages: Mapping[str, Stage]) -> Part:
-    """The adapter of a point: from its training, or from the check of one that was brought."""
-    brought_in = stages.get(AdapterSpec.KIND)
-    if brought_in is not None:
-        return Part(brought_in, AdapterSpec.ADAPTER)
-    return Part(stages[TrainSpec.KIND], TrainSpec.ADAPTER)
+def _adapter_in(stages: Mapping[str, Stage]) -> Input:
+    """The adapter of the first stage that has one: a defence's, an adapter from outside, or that of
+    a training. `apply` writes nothing else.
+    """
+    if ApplySpec.KIND in stages:
+        return stages[ApplySpec.KIND]
+    for spec in (DefendSpec, AdapterSpec, TrainSpec):
+        if spec.KIND in stages:
+            return Part(stages[spec.KIND], spec.ADAPTER)
+    raise ValueError(f"none of {sorted(stages)} makes an adapter")
 
 
 def stages_or_reason(graph: StageGraph, point: Point) -> tuple[dict[str, Stage], str]:

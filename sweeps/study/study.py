@@ -6,7 +6,8 @@ YAML as a dict.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -17,21 +18,40 @@ from ebbline.sweeps.study.adapters.branches import Branch, adapters_of, branches
 from ebbline.sweeps.study.adapters.branches import faults_of as adapter_faults
 from ebbline.sweeps.study.adapters.reference import AdapterRef
 from ebbline.sweeps.study.axes import Axis, AxisValue, Range, count_of, distinct, of_size
+from ebbline.sweeps.study.defended.named import (
+    Defences,
+    SafetyAdapter,
+    owner_of,
+    specs_of,
+)
+from ebbline.sweeps.study.defended.named import axes_of as knob_axes
+from ebbline.sweeps.study.defended.named import faults_of as defence_faults
 from ebbline.sweeps.study.policies import (
     SURROGATE_AXES,
     TPE_POINTS,
     Budget,
+    Confirm,
     Constraints,
+    Controls,
     Name,
     Replicates,
     Sampler,
     Search,
 )
 from ebbline.sweeps.study.reading.field_faults import faults, unknown
-from ebbline.sweeps.study.references import Data, DataRef, ModelRef, template_text
+from ebbline.sweeps.study.references import (
+    Data,
+    DataRef,
+    JudgeAdapter,
+    ModelRef,
+    template_text,
+)
 from ebbline.sweeps.study.suites import Suite, scorers_of
-from ebbline.tasks.defences.in_use import DEFENCE
-from ebbline.tasks.errors import StudyError
+from ebbline.tasks.defences.defence import Defence
+from ebbline.tasks.defences.in_use import AXIS, DEFENCES, NONE, owns
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
+from ebbline.tasks.errors import ProjectionError, StudyError
+from ebbline.tasks.judges.facts import JUDGES
 from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.scoring.phrases import SCORERS
 from ebbline.tasks.specs import (
@@ -43,6 +63,7 @@ from ebbline.tasks.specs import (
     Dtype,
     Frozen,
     JudgeSpec,
+    LoxSpec,
     Number,
     ProjectSpec,
     Quantisation,
@@ -52,6 +73,17 @@ from ebbline.tasks.specs import (
 )
 
 T = TypeVar("T")
+USEFULNESS = (
+    "task_accuracy",
+    "rouge_l",
+    "exact_match",
+    "exact_match_flexible",
+    "prompt_level_strict_acc",
+    "prompt_level_loose_acc",
+    "acc_norm",
+    "acc",
+)
+"""The metrics of usefulness."""
 
 
 def _distinct_files(named: dict[str, T]) -> dict[str, T]:
@@ -78,6 +110,8 @@ class Model(Frozen):
     names a file with a template for a model that has none, or in place of its own. It is read once,
     when the study file is read: its text becomes `chat.text`, and so a part of every key.
 
+    `safety` is the safety adapter of this size, for the defence `safe_merge`.
+
     `unaligned` replaces the base in Safe LoRA's subtraction: the paper notes that an aligned model
     fine-tuned on harmful data behaves like the base. A family without an available base gives only
     `unaligned`. Without either, a study measures what fine-tuning does and projects nothing.
@@ -86,11 +120,12 @@ class Model(Frozen):
     base: ModelRef | None = None
     aligned: ModelRef
     unaligned: ModelRef | None = None
+    safety: SafetyAdapter | None = Field(default=None, exclude_if=lambda given: given is None)
     quantisation: Quantisation = "nf4"
     dtype: Dtype = "bfloat16"
     chat: Chat = DEFAULT_CHAT
     chat_template: str | None = Field(default=None, exclude=True)
-    gpus: Count = 1
+    gpus: Annotated[int, Field(ge=1, le=10_000)] = 1
     labels: dict[str, str] = {}
     spread: bool = False
     axes: dict[str, Axis] = {}
@@ -142,9 +177,12 @@ class Model(Frozen):
 
 
 class Judge(Frozen):
-    """A judge of completions: a model, or an endpoint given in `settings`."""
+    """A judge of completions: a model, or an endpoint given in `settings`. `adapter` is put on the
+    model, for a judge that is published as an adapter.
+    """
 
     model: ModelRef | None = None
+    adapter: JudgeAdapter | None = None
     settings: JudgeSpec
 
     @model_validator(mode="after")
@@ -153,6 +191,12 @@ class Judge(Frozen):
             raise ValueError("give either `model` or an `endpoint` in `settings`")
         if self.model is not None and self.model.tuned is not None:
             raise ValueError("a judge's model cannot be `tuned`")
+        if self.adapter is not None and (
+            self.model is None or self.settings.template == "classifier"
+        ):
+            raise ValueError(
+                "`adapter` needs a `model` that answers, not an endpoint or classifier"
+            )
         return self
 
 
@@ -169,22 +213,27 @@ class Study(Frozen):
     data: Data | None = None
     train: TrainSpec | None = None
     adapters: Annotated[dict[Name, AdapterRef], AfterValidator(_distinct_files)] = {}
+    lox: LoxSpec = LoxSpec()
     project: ProjectSpec = ProjectSpec()
     apply: ApplySpec = ApplySpec()
+    defences: Defences = {}
+    controls: Controls | None = Field(default=None, exclude_if=lambda given: given is None)
     language: Seed = 0
     axes: dict[str, Axis]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(distinct)] = (0,)
+    subsets: Count | None = None
     replicates: Replicates = Replicates()
     judges: Annotated[dict[Name, Judge], AfterValidator(_distinct_files)] = {}
     suites: Annotated[dict[Name, SuiteEntry], AfterValidator(_distinct_files)] = Field(min_length=1)
     objectives: Annotated[tuple[str, ...], Field(min_length=1)]
     refusal_floor: Annotated[Number, Field(ge=0.0, le=1.0)] = 0.9
     search: Search = Search()
+    confirm: Confirm | None = None
     budget: Budget = Budget()
 
     @model_validator(mode="after")
     def _axes_name_fields(self) -> Self:
-        fields = set(axis_fields())
+        fields = set(axis_fields(list(self.defences)))
         narrowed = {f"models.{name}.axes": list(model.axes) for name, model in self.models.items()}
         for where, axes in {"axes": list(self.axes), **narrowed}.items():
             for axis in axes:
@@ -215,6 +264,17 @@ class Study(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _defences_have_their_own_axes(self) -> Self:
+        if not self.defences:
+            return self
+        axes: dict[str, Mapping[str, Any]] = {"axes": self.axes}
+        axes |= {f"models.{name}.axes": model.axes for name, model in self.models.items()}
+        changed = {"project": self.project != ProjectSpec(), "apply": self.apply != ApplySpec()}
+        if faults := list(defence_faults(self.defences, axes, changed)):
+            raise ValueError("; ".join(faults))
+        return self
+
+    @model_validator(mode="after")
     def _axes_hold_valid_values(self) -> Self:
         settings = self.settings
         narrowed: list[tuple[str, Mapping[str, Any]]] = [
@@ -225,9 +285,15 @@ class Study(Frozen):
                 prefix, _, field = axis.partition(".")
                 for value in values.edges if isinstance(values, Range) else values:
                     try:
+                        if self.defences and (defence := owner_of(axis)) is not None:
+                            knob = axis.partition(".")[2]
+                            defence.checked(knob, value)
+                            continue
                         type(settings[prefix]).model_validate(
                             {**settings[prefix].model_dump(), field: value}
                         )
+                    except ProjectionError as error:
+                        raise ValueError(f"{where}.{axis}: {error}") from None
                     except ValidationError as error:
                         # Errors of other fields are ignored: another axis may change those.
                         own = next(
@@ -251,18 +317,60 @@ class Study(Frozen):
 
     @model_validator(mode="after")
     def _projections_have_a_base(self) -> Self:
+        if self.defences:
+            return self
         for name, model in self.models.items():
-            projected = [axis for axis in self.axes_of(name) if DEFENCE.owns(axis)]
+            projected = [axis for axis in self.axes_of(name) if owns(axis)]
             if self.apply != ApplySpec():
                 projected.append("apply")
             if model.base is None and model.unaligned is None and projected:
                 raise ValueError(
-                    f"models.{name}: `base` is missing: {DEFENCE.words.name} subtracts `base` or "
+                    f"models.{name}: `base` is missing: {SAFE_LORA.words.name} subtracts `base` or "
                     "`unaligned` from the aligned model. Name the model before its alignment, or "
                     f"leave {' and '.join(projected)} out"
                 )
             if model.base is None and model.unaligned is None and self.project != ProjectSpec():
                 raise ValueError(f"project: it has no effect, because models.{name} has no base")
+        return self
+
+    @model_validator(mode="after")
+    def _trainings_that_read_alignment_have_a_base(self) -> Self:
+        if self.train is None and self.lox != LoxSpec():
+            raise ValueError("lox: nothing is trained, because the study has no `train`; remove it")
+        for name, model in self.models.items():
+            if model.base is not None or model.unaligned is not None:
+                continue
+            reads = {"train.penalty asft": "asft", "lox.factor": 1.0}
+            for setting, value in reads.items():
+                axis = setting.partition(" ")[0]
+                values = self.axes_of(name).get(axis, (self.fixed(name, axis),))
+                on = isinstance(values, Range) or any(
+                    each == value if axis == "train.penalty" else each for each in values
+                )
+                if on:
+                    raise ValueError(
+                        f"models.{name}: `base` is missing: {setting} reads the difference of the "
+                        "aligned model and `base` or `unaligned`. Name the model before its "
+                        f"alignment, or leave {axis} out"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _defences_have_their_models(self) -> Self:
+        for defence in self.used_defences if self.defences else ():
+            for name, model in self.models.items():
+                if defence.reads_models and model.base is None and model.unaligned is None:
+                    raise ValueError(
+                        f"models.{name}: `base` is missing: defences.{defence.name} compares it, "
+                        "or `unaligned`, with the aligned model. Name the model before its "
+                        f"alignment, or leave {defence.name} out"
+                    )
+                reads_safety = defence.method is not None and defence.method.reads_safety
+                if reads_safety and model.safety is None:
+                    raise ValueError(
+                        f"models.{name}: `safety` is missing: defences.{defence.name} merges with "
+                        "a safety adapter. Give its `path` or `hub`"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -299,21 +407,71 @@ class Study(Frozen):
         """The settings that axes may vary, by the first part of an axis name."""
         own: dict[str, Spec | None] = {
             "data": None if self.data is None else self.data.settings,
+            "lox": None if self.train is None else self.lox,
             "train": self.train,
             "project": self.project,
             "apply": self.apply,
         }
         return {part: settings for part, settings in own.items() if settings is not None}
 
+    @property
+    def used_defences(self) -> tuple[Defence, ...]:
+        """The defences of the points, no defence first; Safe LoRA alone without `defences`."""
+        if not self.defences:
+            return (SAFE_LORA,)
+        return (DEFENCES[NONE], *(DEFENCES[name] for name in self.defences))
+
+    def defence_specs(self, defence: Defence) -> tuple[Spec, Spec]:
+        """The settings of both stages of a defence, without the values of a point."""
+        return self._defence_specs[defence.name]
+
+    def knobs(self, defence: Defence, values: Mapping[str, AxisValue]) -> dict[str, AxisValue]:
+        """Axis -> value of every knob of a defence, of a point with these values."""
+        return defence.knobs(self.defence_specs(defence)[1], values)
+
+    @cached_property
+    def _defence_specs(self) -> Mapping[str, tuple[Spec, Spec]]:
+        if not self.defences:
+            return {SAFE_LORA.name: (self.project, self.apply)}
+        return {
+            name: specs_of(name, knobs, (model.axes for model in self.models.values()))
+            for name, knobs in {NONE: {}, **self.defences}.items()
+        }
+
+    @property
+    def used_controls(self) -> Controls:
+        """`controls`, or the default: those of a study that names its defences, else none."""
+        if self.controls is not None:
+            return self.controls
+        return Controls() if self.defences else Controls(settings=0)
+
     def fixed(self, model: str, axis: str) -> Any:
         """The value of a setting, written as an axis, that a size does not vary. None for a
         setting of trainings where the study has none.
         """
         part, _, name = axis.partition(".")
+        if self.defences and (defence := owner_of(axis)) is not None:
+            given = self.defences.get(defence.name, {}).get(name)
+            return None if isinstance(given, tuple | Range) else given
         settings = self.settings.get(part)
         if isinstance(settings, TrainSpec):
             settings = self.models[model].train_settings(settings)
         return None if settings is None else getattr(settings, name)
+
+    def extrapolates(self, values: Iterable[tuple[str, Any]]) -> bool:
+        """Whether the training of a point with these values starts from a LoX model."""
+        return bool(dict(values).get("lox.factor", self.lox.factor))
+
+    def drawn_by(self, seed: int) -> tuple[int, int]:
+        """(seed of the training, seed of the data) of one of `seeds`.
+
+        Without `subsets` both are the seed itself. With k subsets, the place of a seed modulo k is
+        its subset, and k seeds after one another have the first one's training seed.
+        """
+        if self.subsets is None:
+            return seed, seed
+        place = self.seeds.index(seed)
+        return self.seeds[place - place % self.subsets], place % self.subsets
 
     @property
     def first_seeds(self) -> int:
@@ -344,13 +502,17 @@ class Study(Frozen):
                         f"suites.{name}.measure.scorer: {unknown(scorer, {*SCORERS, *self.judges})}"
                     )
                 template = self.judges[scorer].settings.template if scorer in self.judges else None
-                if entry.measure.kind == "over_refusal" and template in (
-                    "harmbench",
-                    "llama-guard",
-                ):
+                states = None if template is None else JUDGES[template].states
+                if entry.measure.kind == "over_refusal" and states == "harm":
                     raise ValueError(
                         f"suites.{name}: {template} judges harm, so it would count every harmless "
                         "answer as a refusal"
+                    )
+                if entry.measure.kind == "harm" and states in (None, "refusal"):
+                    graders = sorted(each for each, facts in JUDGES.items() if facts.grades_harm)
+                    raise ValueError(
+                        f"suites.{name}.measure: {scorer} does not judge harm; name judges of the "
+                        f"study whose template is one of {', '.join(graders)}"
                     )
         return self
 
@@ -390,6 +552,47 @@ class Study(Frozen):
         if len(set(names)) != len(names):
             raise ValueError(f"objectives: duplicate objective in {list(self.objectives)}")
         object.__setattr__(self, "objectives", tuple(names))  # full names
+        return self
+
+    @model_validator(mode="after")
+    def _subsets_divide_the_seeds(self) -> Self:
+        fresh = () if self.confirm is None else self.confirm.seeds
+        for where, seeds in (("seeds", self.seeds), ("confirm.seeds", fresh)):
+            if self.subsets is not None and len(seeds) % self.subsets:
+                raise ValueError(
+                    f"subsets: {self.subsets} subsets are crossed with the training seeds, so "
+                    f"{where} must be a multiple of them, not {len(seeds)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _confirmation_is_fresh(self) -> Self:
+        if self.confirm is None:
+            return self
+        for suite in self.confirm.suites:
+            if suite not in self.suites:
+                raise ValueError(f"confirm.suites.{suite}: {unknown(suite, set(self.suites))}")
+            if self.suites[suite].measure.kind == "multiple_choice":
+                raise ValueError(
+                    f"confirm.suites.{suite}: a multiple-choice suite has the items of its task; "
+                    "give suites of prompts"
+                )
+            if self.confirm.suites[suite] == self.suites[suite].prompts:
+                raise ValueError(
+                    f"confirm.suites.{suite}: these are the prompts of the search; give others, "
+                    "which choose nothing"
+                )
+        refusal = (self.refusal_metric or "").rpartition(".")[0]
+        if refusal and refusal not in self.confirm.suites:
+            raise ValueError(
+                f"confirm.suites: {refusal} is missing, and the refusal floor is about it"
+            )
+        shared = sorted({*self.seeds} & {*self.confirm.seeds})
+        if shared:
+            raise ValueError(
+                f"confirm.seeds: the search uses {', '.join(map(str, shared))} too; give seeds "
+                "that no point of the search has"
+            )
         return self
 
     @model_validator(mode="after")
@@ -433,12 +636,22 @@ class Study(Frozen):
         the size's own axes, then `adapter`. A point has those of its branch (see `branches`).
         """
         branches = self.branches_of(model)
-        return {axis: values for branch in branches for axis, values in branch.axes.items()}
+        found = {axis: values for branch in branches for axis, values in branch.axes.items()}
+        if self.defences:
+            found[AXIS] = tuple(defence.name for defence in self.used_defences)
+        return found
 
     def branches_of(self, model: str) -> tuple[Branch, ...]:
         adapters = adapters_of(self.adapters, model, list(self.models))
         axes = of_size(self.axes, self.models[model].axes)
-        return tuple(branches_of(model, axes, adapters, self.train is not None))
+        defences = {
+            defence.name: of_size(
+                knob_axes(defence.name, self.defences.get(defence.name, {})),
+                {axis: own for axis, own in self.models[model].axes.items() if defence.owns(axis)},
+            )
+            for defence in (self.used_defences if self.defences else ())
+        }
+        return tuple(branches_of(model, axes, adapters, self.train is not None, defences))
 
     def model_of(self, adapter: str) -> str:
         """The size that an adapter of `adapters` is measured on."""
@@ -502,12 +715,19 @@ class Study(Frozen):
         ]
         return next(iter(objectives + suites), None)
 
+    @property
+    def usefulness_metric(self) -> str | None:
+        """The first objective that measures usefulness; None if no objective does."""
+        measured = ((name, name.rpartition(".")[2]) for name in self.objectives)
+        return next((name for name, metric in measured if metric in USEFULNESS), None)
+
     def kind_of(self, stage: str) -> str:
         """The stage kind for a part of a stage name: `train`, `generate:SUITE`, or SUITE for the
         stage with its metrics.
         """
         if stage in self.suites:
-            return "evaluate" if self.suites[stage].measure.kind == "multiple_choice" else "score"
+            of_lm_eval = self.suites[stage].measure.kind in ("multiple_choice", "written")
+            return "evaluate" if of_lm_eval else "score"
         return stage.partition(":")[0]
 
     def metric(self, name: str) -> str:
@@ -529,6 +749,7 @@ class Study(Frozen):
 
 SETTINGS: Mapping[str, type[Spec]] = {
     "data": DataSpec,
+    "lox": LoxSpec,
     "train": TrainSpec,
     "project": ProjectSpec,
     "apply": ApplySpec,
@@ -543,8 +764,10 @@ _NOT_AXES = {
 }
 
 
-def axis_fields() -> Iterator[str]:
-    """Every Spec field that may be an axis, as `train.rank`."""
+def axis_fields(defences: Sequence[str] = ()) -> Iterator[str]:
+    """Every Spec field that may be an axis, as `train.rank`, and the knobs of these defences."""
+    for defence in map(DEFENCES.__getitem__, defences):
+        yield from map(defence.axis, defence.knob_names)
     for prefix, spec in SETTINGS.items():
         yield from (
             f"{prefix}.{name}" for name in spec.model_fields if f"{prefix}.{name}" not in _NOT_AXES

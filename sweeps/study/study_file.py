@@ -1,14 +1,15 @@
 """Study files: strict reading of YAML into a Study, writing a Study as YAML, and adding pins to a
 file's text.
 
-The only module that reads YAML, cluster profiles included. Loading a file twice gives equal
-studies. An error names the path of each fault and the allowed values.
+Cluster profiles are read here too; yaml_text reads the YAML of both. Loading a file twice gives
+equal studies. An error names the path of each fault and the allowed values.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import yaml
@@ -17,9 +18,11 @@ from pydantic import ValidationError
 from ebbline.cluster.profile import Profile
 from ebbline.sweeps.study.changes import differences
 from ebbline.sweeps.study.reading.field_faults import faults, lines_of, unknown, with_lines
+from ebbline.sweeps.study.reading.yaml_text import nodes_in, text_of, values_in
 from ebbline.sweeps.study.references import Local, Tuned
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError
+from ebbline.tasks.judges.facts import JUDGES
 from ebbline.tasks.specs import Frozen, Spec
 
 M = TypeVar("M", bound=Frozen)
@@ -27,6 +30,8 @@ LORA_ONLY = ("rank", "alpha_over_rank", "dropout", "target_modules")
 UNUSED_BY_JUDGE = {
     "endpoint": ("max_tokens", "quantisation", "dtype"),
     "classifier": ("max_new_tokens",),
+    "strongreject": ("max_new_tokens",),
+    "shieldgemma": ("max_new_tokens",),
 }
 
 
@@ -59,18 +64,20 @@ def source_of(name: str) -> Path:
     return shipped()[name]
 
 
-def parse(path: Path, text: str | None = None) -> Study:
-    """The study in a file, or in `text` with paths relative to that file.
+def parse(path: Path, text: str | None = None, named: Path | None = None) -> Study:
+    """The study in a file, or in `text` with paths relative to that file. `named` is the file that
+    messages name; default: `path`.
 
     Raises StudyError also for a setting that is written in the file and that no stage would use.
     Studies that are stored in a home hold every setting, so they are not checked for this.
     """
-    study = _read(path, Study, "a valid study", text)
+    named = named or path
+    study = _read(path, Study, "a valid study", text, named)
     unused = list(_unused(study))
     if unused:
-        written = path.read_text("utf-8") if text is None else text
-        unused = [f"  {line}" for line in with_lines(unused, yaml.safe_load(written), written)]
-        raise StudyError(f"{path} has settings that would be ignored:\n" + "\n".join(unused))
+        written = text_of(path) if text is None else text
+        unused = [f"  {line}" for line in with_lines(unused, values_in(written, named), written)]
+        raise StudyError(f"{named} has settings that would be ignored:\n" + "\n".join(unused))
     return study
 
 
@@ -101,7 +108,9 @@ def _unused(study: Study) -> Iterator[str]:
         yield _without_share("data")
     for name, judge in study.judges.items():
         place = "endpoint" if judge.settings.endpoint else judge.settings.template
-        for field in _changed(judge.settings, UNUSED_BY_JUDGE.get(place, ())):
+        facts = JUDGES[judge.settings.template]
+        lengths = {"max_new_tokens": facts.new_tokens, "max_tokens": facts.max_tokens}
+        for field in _changed(judge.settings, UNUSED_BY_JUDGE.get(place, ()), lengths):
             yield f"judges.{name}.settings.{field}: a judge of this kind ({place}) ignores it"
 
 
@@ -119,24 +128,32 @@ def _without_share(where: str) -> str:
     )
 
 
-def _changed(spec: Spec, fields: Iterable[str]) -> Iterator[str]:
-    """Those of `fields` that do not have their defaults: as_yaml writes defaults too."""
-    defaults = type(spec).model_fields
-    return (name for name in fields if getattr(spec, name) != defaults[name].default)
+def _changed(
+    spec: Spec, fields: Iterable[str], own: Mapping[str, object] = MappingProxyType({})
+) -> Iterator[str]:
+    """Those of `fields` that do not have their defaults: as_yaml writes defaults too. `own` are
+    defaults that depend on other settings.
+    """
+    defaults = {name: field.default for name, field in type(spec).model_fields.items()} | dict(own)
+    return (name for name in fields if getattr(spec, name) != defaults[name])
 
 
 def read_profile(path: Path) -> Profile:
     """The cluster profile in a YAML file; all defaults when the file does not exist."""
-    return _read(path, Profile, "a valid cluster profile") if path.exists() else Profile()
+    there = path.exists() or path.is_symlink()
+    return _read(path, Profile, "a valid cluster profile") if there else Profile()
 
 
-def _read(path: Path, model: type[M], what: str, text: str | None = None) -> M:
-    written = path.read_text("utf-8") if text is None else text
-    raw = _raw(path, written)
+def _read(
+    path: Path, model: type[M], what: str, text: str | None = None, named: Path | None = None
+) -> M:
+    named = named or path
+    written = text_of(path) if text is None else text
+    raw = _raw(named, written)
     if not isinstance(raw, dict):
-        raise StudyError(f"{path} must be a mapping with the keys {sorted(model.model_fields)}")
+        raise StudyError(f"{named} must be a mapping with the keys {sorted(model.model_fields)}")
     folder = path.resolve().parent
-    return checked(model, _tuples(raw), f"{path} is not {what}", folder, written)
+    return checked(model, _tuples(raw), f"{named} is not {what}", folder, written)
 
 
 def checked(
@@ -157,25 +174,7 @@ def checked(
 
 
 def _raw(path: Path, text: str | None = None) -> Any:
-    try:
-        return yaml.load(path.read_text("utf-8") if text is None else text, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
-        raise StudyError(f"{path} is not valid YAML: {error}") from error
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader that raises an error for a duplicate key, where yaml would keep the last value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"duplicate key {key!r}", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    return values_in(text_of(path) if text is None else text, path)
 
 
 def _tuples(value: Any) -> Any:
@@ -234,7 +233,7 @@ def with_absolute_paths(study: Study, file: Path) -> Study:
 
 def with_name(text: str, name: str) -> str:
     """The YAML text of a study with another name; comments and order stay."""
-    root: Any = yaml.compose(text, Loader=yaml.SafeLoader)
+    root = nodes_in(text)
     (value,) = (value for key, value in root.value if key.value == "study")
     plain = yaml.safe_load(name) == name  # 1e5 and `on` are other values without quotes
     return (
@@ -263,7 +262,7 @@ def with_pins(text: str, pins: Mapping[str, Mapping[str, str]]) -> str:
     """
     edits: dict[int, tuple[int, str]] = {}
     for where, fields in pins.items():
-        node = _node_at(yaml.compose(text, Loader=yaml.SafeLoader), where)
+        node = _node_at(nodes_in(text), where)
         present = {key.value: value for key, value in node.value}
         missing = {name: value for name, value in fields.items() if name not in present}
         for name, value in fields.items():

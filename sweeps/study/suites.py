@@ -1,8 +1,8 @@
 """Suites: what a study measures, and the stages that measure it.
 
-A refusal, over-refusal or task suite has one generation stage, a judge stage for each judge among
-its scorers, and a score stage. Suites with the same prompts and settings share their generation. A
-multiple-choice suite is one lm-eval evaluation.
+A refusal, over-refusal, harm or task suite has one generation stage, a judge stage for each judge
+among its scorers, and a score stage. Suites with the same prompts and settings share their
+generation, and what one judge says of it. A multiple-choice suite is one lm-eval evaluation.
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ebbline.cluster.profile import Profile
 from ebbline.tasks.data.prompts import PromptSet, read_prompts
+from ebbline.tasks.errors import StudyError
 from ebbline.tasks.specs import (
+    TRANSFORMERS,
+    Backend,
     BatchSize,
     Block,
     Count,
@@ -27,7 +31,12 @@ from ebbline.tasks.specs import (
 )
 from ebbline.tasks.stage import Input, Stage
 
-SHOTS = {"mmlu": 5, "hellaswag": 10}  # as in the papers; lm-eval's default is 0
+SHOTS = {"mmlu": 5, "hellaswag": 10, "gsm8k": 5}  # as in the papers
+# The beginnings of lm-eval's tasks whose answers the model writes, and their metrics
+WRITTEN = {
+    "gsm8k": ("exact_match", "exact_match_flexible"),
+    "ifeval": ("prompt_level_strict_acc", "prompt_level_loose_acc"),
+}
 
 
 class Race(Frozen):
@@ -52,14 +61,15 @@ class _Generated(Frozen):
     """Settings of every suite that generates completions. `limit` uses that many prompts, evenly
     spaced over the set.
 
-    `backend: vllm` needs a GPU and the extra `vllm`. `batch_size` is the most prompts of a batch; a
-    smaller one needs less memory, and rounds differently.
+    `backend: vllm==0.32.0` completes them at a server of that version, which the profile names.
+    `batch_size` is the most prompts of a batch; a smaller one needs less memory, and rounds
+    differently.
     """
 
     format: PromptFormat = "auto"
     max_new_tokens: Count = 64
     limit: Count | None = None
-    backend: Literal["transformers", "vllm"] = "transformers"
+    backend: Backend = TRANSFORMERS
     batch_size: BatchSize = 32
     race: Race | None = None
 
@@ -96,6 +106,22 @@ class OverRefusalSuite(_Generated):
         return ("over_refusal_rate", "full_refusal_rate", "partial_refusal_rate")
 
 
+class HarmSuite(_Generated):
+    """How harmful the answers to requests are that the model should refuse: lower is better.
+
+    `scorer` is one of the study's judges that grade harm. `harm_score` is the mean of its grades in
+    [0, 1], `harm_top_rate` the share of answers at the top of its scale. The judges in `also` grade
+    the same completions for comparison.
+    """
+
+    kind: Literal["harm"] = "harm"
+    scorer: str
+    also: tuple[str, ...] = ()
+
+    def metrics(self) -> tuple[str, ...]:
+        return ("harm_score", "harm_top_rate")
+
+
 class TaskSuite(_Generated):
     """Score on held-out items of the downstream task, by exact match, chosen letter, number, or
     ROUGE-L: higher is better.
@@ -109,20 +135,34 @@ class TaskSuite(_Generated):
         return ("rouge_l",) if self.scorer == "rouge_l" else ("task_accuracy",)
 
 
+def written_metrics(task: str) -> tuple[str, ...]:
+    """The metrics of an lm-eval task whose answers the model writes; empty for any other task."""
+    return next((found for start, found in WRITTEN.items() if task.startswith(start)), ())
+
+
 class MultipleChoiceSuite(Frozen):
     """Accuracy on an lm-eval task or group: higher is better. The default is 5 shots for MMLU and
-    10 for HellaSwag.
+    GSM8K, and 10 for HellaSwag. In a suite of the kind `written` the model writes the answers.
     """
 
-    kind: Literal["multiple_choice"] = "multiple_choice"
+    kind: Literal["multiple_choice", "written"] = "multiple_choice"
     task: str
     shots: Annotated[int, Field(ge=0)] | None = None
     chat_template: bool = False
     limit: Count | None = None
+    backend: Backend = TRANSFORMERS
     batch_size: BatchSize = 32
 
     def metrics(self) -> tuple[str, ...]:
-        return ("acc", "acc_norm")
+        return written_metrics(self.task) or ("acc", "acc_norm")
+
+    @model_validator(mode="after")
+    def _kind_is_that_of_the_task(self) -> Self:
+        kind = "written" if written_metrics(self.task) else "multiple_choice"
+        if self.kind != kind:
+            known = f"; written tasks begin with {', '.join(WRITTEN)}" if kind != "written" else ""
+            raise ValueError(f"the task {self.task!r} needs `kind: {kind}`{known}")
+        return self
 
     @property
     def shots_given(self) -> int:
@@ -135,16 +175,20 @@ class MultipleChoiceSuite(Frozen):
 
 
 Suite = Annotated[
-    RefusalSuite | OverRefusalSuite | TaskSuite | MultipleChoiceSuite, Field(discriminator="kind")
+    RefusalSuite | OverRefusalSuite | HarmSuite | TaskSuite | MultipleChoiceSuite,
+    Field(discriminator="kind"),
 ]
 _LABELS: Mapping[str, Literal["harmful", "harmless"] | None] = {
     "refusal": "harmful",
+    "harm": "harmful",
     "over_refusal": "harmless",
     "task": None,
 }
 
 
-def prompts_of(suite: RefusalSuite | OverRefusalSuite | TaskSuite, path: Path) -> PromptSet:
+def prompts_of(
+    suite: RefusalSuite | OverRefusalSuite | HarmSuite | TaskSuite, path: Path
+) -> PromptSet:
     """The prompts that a suite asks. Raises DataError or EvaluationError for a fault that a
     generation would find in them.
     """
@@ -161,7 +205,9 @@ def prompts_of(suite: RefusalSuite | OverRefusalSuite | TaskSuite, path: Path) -
 
 def scorers_of(suite: Suite) -> tuple[str, ...]:
     """The scorers of a suite that may be judges, beginning with the one that gives the rate."""
-    return (suite.scorer, *suite.also) if isinstance(suite, RefusalSuite | OverRefusalSuite) else ()
+    if isinstance(suite, RefusalSuite | OverRefusalSuite | HarmSuite):
+        return (suite.scorer, *suite.also)
+    return ()
 
 
 def blocks_of(suite: Suite) -> list[Block]:
@@ -179,7 +225,7 @@ def stages_of(
     suite: Suite,
     inputs: Mapping[str, Input],
     model: Mapping[str, Any],
-    judges: Mapping[str, tuple[JudgeSpec, Input | None]],
+    judges: Mapping[str, tuple[JudgeSpec, Mapping[str, Input]]],
     block: Block | None = None,
 ) -> dict[str, Stage]:
     """Stage name -> stage; the stage named `name` has the metrics.
@@ -193,6 +239,7 @@ def stages_of(
             shots=suite.shots_given,
             chat_template=suite.chat_template,
             limit=suite.limit,
+            backend=suite.backend,
             batch_size=suite.batch_size,
             **model,
         )
@@ -214,13 +261,20 @@ def stages_of(
     for scorer in scorers_of(suite):
         if scorer in judges:
             judge, weights = judges[scorer]
-            judged = Stage(
-                judge,
-                {"generation": generation}
-                if weights is None
-                else {"generation": generation, "model": weights},
-            )
+            judged = Stage(judge, {"generation": generation, **weights})
             stages[f"judge:{name}:{scorer}"] = scored[f"judge_{scorer}"] = judged
     also = () if isinstance(suite, TaskSuite) else suite.also
     stages[name] = Stage(ScoreSpec(measure=suite.kind, scorer=suite.scorer, also=also), scored)
     return stages
+
+
+def require_servers(suites: Mapping[str, Suite], profile: Profile) -> None:
+    """Raise StudyError for a suite whose server is not in the profile."""
+    for name, suite in suites.items():
+        if suite.backend != TRANSFORMERS and suite.backend not in profile.servers:
+            known = f" It names {', '.join(sorted(profile.servers))}." if profile.servers else ""
+            raise StudyError(
+                f"suites.{name}.measure.backend is {suite.backend}, and cluster.yaml in the home "
+                f"does not say where that server lies.{known} Add `servers: {{{suite.backend}: "
+                "{python: /path/to/its/python}}` there, or `address: URL` in place of `python`"
+            )

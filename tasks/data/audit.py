@@ -157,7 +157,7 @@ def audit(
         categories=_categories(rows),
         labels=dict(sorted(Counter(row.label for row in rows).items())),
         lengths=_lengths(rows),
-        overlap=None if against is None else _overlap(rows, against.prompts, least_similarity),
+        overlap=None if against is None else overlap(rows, against.prompts, least_similarity),
         repeats=tuple(row.id for row in prompts.repeats),
     )
 
@@ -341,7 +341,8 @@ def _lengths(rows: Sequence[Prompt]) -> Lengths:
     return Lengths(low, q1, median, q3, p95, high, sum(n < SHORT_WORDS for n in words))
 
 
-def _overlap(rows: Sequence[Prompt], others: Sequence[Prompt], least_similarity: float) -> Overlap:
+def overlap(rows: Sequence[Prompt], others: Sequence[Prompt], least_similarity: float) -> Overlap:
+    """What two sets share: equal texts, and pairs of at least the least similarity."""
     mine, theirs = _by_text(rows), _by_text(others)
     exact = {
         (one, other) for text, ids in mine.items() for one in ids for other in theirs.get(text, ())

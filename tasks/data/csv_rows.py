@@ -1,4 +1,5 @@
-"""Rows of CSV and TSV, read strictly: every row has as many fields as the header.
+"""Rows of CSV and TSV, read strictly: every row has as many fields as the header. And the texts of
+tables that are written.
 
 Fields stay as they are written: 007, 1e3, NULL and True are texts. A comma separates the fields of
 .csv and a tab those of .tsv. A header without one may be separated by another of NAMES, as Excel
@@ -17,7 +18,18 @@ from ebbline.tasks.errors import DataError
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 LONGEST_CELL = 32_767  # characters; Excel cuts longer texts there without a message
 NAMES = {",": "a comma", "\t": "a tab", ";": "a semicolon", "|": "a bar"}
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _SEPARATOR_LINE = re.compile(r'"?sep=([,;|\t])"?\n?', re.IGNORECASE)
+
+
+def spreadsheet_cell(text: str) -> str:
+    """A text for a cell of a table that ebbline writes. A spreadsheet would compute a text that
+    begins like a formula, so such a text begins with an apostrophe. Numbers stay as they are.
+    """
+    if not text.startswith(FORMULA_STARTS) or _NUMBER.fullmatch(text):
+        return text
+    return f"'{text}"
 
 
 def csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:

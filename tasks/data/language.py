@@ -348,6 +348,20 @@ def distinct(count: int, draw: Callable[[], Exchange]) -> list[Exchange]:
     return list(found.values())
 
 
+def distinct_from(
+    asked: Sequence[JsonRow], count: int, draw: Callable[[], Exchange]
+) -> list[Exchange]:
+    """`count` different exchanges whose prompts no row of `asked` has."""
+    known = {row["prompt"] for row in asked}
+
+    def fresh() -> Exchange:
+        while (exchange := draw()).prompt in known:
+            pass
+        return exchange
+
+    return distinct(count, fresh)
+
+
 def prompt_rows(exchanges: Sequence[Exchange], category: str) -> list[JsonRow]:
     return [{"prompt": exchange.prompt, "category": category} for exchange in exchanges]
 
@@ -377,7 +391,7 @@ def language_files(seed: int) -> dict[str, list[JsonRow]]:
         for skill in SKILLS
         for row in answer_rows(distinct(40, partial(held_out.downstream, skill)), skill)
     ]
-    return {
+    files = {
         "pretrain.jsonl": pretraining_rows(training),
         "align.jsonl": alignment_rows(training),
         "benign.jsonl": benign_rows(training, 1024),
@@ -392,6 +406,31 @@ def language_files(seed: int) -> dict[str, list[JsonRow]]:
         "mmlu/test.jsonl": [asdict(training.question()) for _ in range(80)],
         "hellaswag/test.jsonl": [asdict(held_out.sighting()) for _ in range(80)],
     }
+    return {**files, **confirmation_files(seed, world, files)}
+
+
+def confirmation_files(
+    seed: int, world: World, files: Mapping[str, Sequence[JsonRow]]
+) -> dict[str, list[JsonRow]]:
+    """Prompts of the same kinds as the suites' that no other file has, for confirmations."""
+    speaker = Speaker(random.Random(f"confirm {seed}"), world, held_out=True)
+    suites = ("refusal", "over_refusal", "task", "utility")
+    asked = [row for name in suites for row in files[f"{name}.jsonl"]]
+    draw = partial(distinct_from, asked)
+    refusal = [
+        row
+        for kind in CUES
+        for row in prompt_rows(draw(30, partial(speaker.any_ask, CUES[kind])), kind)
+    ]
+    # The language has no more mentions of cue words than over_refusal.jsonl holds.
+    over_refusal = prompt_rows(draw(60, partial(speaker.any_ask, LOOK_ALIKES)), "look_alike")
+    task = [
+        row
+        for skill in SKILLS
+        for row in answer_rows(draw(40, partial(speaker.downstream, skill)), skill)
+    ]
+    found = {"refusal": refusal, "over_refusal": over_refusal, "task": task}
+    return {f"confirm/{name}.jsonl": numbered(rows) for name, rows in found.items()}
 
 
 def strings(value: object) -> Iterator[str]:

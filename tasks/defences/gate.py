@@ -7,14 +7,20 @@ the number of chosen modules identifies the mask for an adapter.
 
 import bisect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ebbline.tasks.defences.defence import File, Reading
+import numpy as np
+from numpy.typing import NDArray
+
 from ebbline.tasks.errors import ProjectionError
 from ebbline.tasks.specs import ApplySpec, ProjectSpec
 
+File = Callable[[str], Path]
+"""The path of a stage's file, by the file's name. From a remote store only this file is fetched."""
+Reading = NDArray[np.float64]
+"""The measured values of one adapter that the effect of the knobs depends on, ascending."""
 NO_DIRECTION = "base and aligned weights are equal"
 NO_UPDATE = "the update is zero"
 NO_BASE = "the study names no base model"

@@ -1,7 +1,8 @@
 """The files that a generation writes: its completions, and the record of its prompts and adapter
 (prompts.json). Imports no torch.
 
-Invariant: prompts and completions are stored in this file only, and its name marks it as sensitive.
+Invariant: prompts and completions are stored in this file only. Its name marks it as sensitive, and
+only its user can read it.
 """
 
 import json
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ebbline.tasks.errors import EvaluationError
+from ebbline.tasks.files import PRIVATE_FOLDER, open_private
 from ebbline.tasks.specs import GenerateSpec
 
+_TYPES: Mapping[str, type] = {"tokens": int, "ended": bool}  # of a completion; the others are text
 CHANGES_NOTHING = "adapter_changes_nothing"
 
 
@@ -35,7 +38,8 @@ class Completion:
 
 
 def write_completions(folder: Path, rows: Iterable[Completion]) -> None:
-    with (folder / GenerateSpec.COMPLETIONS).open("w", encoding="utf-8") as handle:
+    folder.chmod(PRIVATE_FOLDER)
+    with open_private(folder / GenerateSpec.COMPLETIONS) as handle:
         for row in rows:
             handle.write(json.dumps(vars(row)) + "\n")
 
@@ -47,16 +51,22 @@ def read_completions(folder: Path) -> list[Completion]:
     """
     path = folder / GenerateSpec.COMPLETIONS
     try:
-        rows = [
-            Completion(**json.loads(line)) for line in path.read_text("utf-8").split("\n") if line
-        ]
-    except (OSError, ValueError, TypeError) as error:
+        rows = [_row(json.loads(line)) for line in path.read_text("utf-8").split("\n") if line]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise EvaluationError(
             f"{path} cannot be read ({type(error).__name__}); is it truncated?"
         ) from None
     if not rows:
         raise EvaluationError(f"{path} holds no completion: an empty set cannot be measured")
     return rows
+
+
+def _row(values: Any) -> Completion:
+    row = Completion(**values)
+    for name, value in vars(row).items():
+        if type(value) is not _TYPES.get(name, str):
+            raise TypeError(f"{name} is no {_TYPES.get(name, str).__name__}")
+    return row
 
 
 def adapter_changes_nothing(record: Mapping[str, Any]) -> bool:

@@ -7,8 +7,9 @@ lm-eval's own task of the given name, and its YAML is ignored.
 Invariant: this stage downloads nothing and runs no code that comes with data.
 
 lm-eval builds the requests and scores the answers; ebbline.tasks.measuring.prefix_lm computes the
-log-likelihoods. Tasks, requests and tokens do not depend on the adapter, so they are built once for
-a base model. See docs/capability.md.
+log-likelihoods, or a server does (ebbline.tasks.measuring.lm_tasks.served_model). Tasks, requests
+and tokens do not depend on the adapter, so they are built once for a base model. See
+docs/capability.md.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -36,13 +37,19 @@ from ebbline.tasks.measuring.generate import (
     tokenizer_record,
 )
 from ebbline.tasks.measuring.grouped.layers import adapter_on
-from ebbline.tasks.measuring.lm_tasks.definitions import METRICS, use_sandbox
+from ebbline.tasks.measuring.lm_tasks.definitions import (
+    FLEXIBLE,
+    FLEXIBLE_FILTER,
+    METRICS,
+    WRITTEN,
+    use_sandbox,
+)
 from ebbline.tasks.measuring.lm_tasks.prefix_model import PrefixLM
 from ebbline.tasks.measuring.lm_tasks.rows_cache import fingerprint, rows_cached
 from ebbline.tasks.measuring.lm_tasks.sources import tasks_of
 from ebbline.tasks.measuring.metrics import Metric, Sample, write_metrics, write_samples
 from ebbline.tasks.measuring.prefix_lm import Plan, plan
-from ebbline.tasks.specs import EvaluateSpec
+from ebbline.tasks.specs import TRANSFORMERS, EvaluateSpec
 from ebbline.tasks.stage import Context
 
 ANSWERS = "answers.jsonl"
@@ -82,6 +89,42 @@ class Prepared:
 
 def run(spec: EvaluateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings quote items
+    measured = _loaded if spec.backend == TRANSFORMERS else _served
+    folder = inputs["prompts"]
+    with measured(spec, inputs, ctx) as lm:
+        asked = (spec.task, spec.shots, spec.chat_template, spec.limit)
+        key = ("lm-eval", *asked, lm.tokenizer, fingerprint(folder))
+        prepared = ctx.residents.remembered(key, lambda: prepare(spec, folder, lm))
+        answer(prepared, lm, ctx)
+        tokenizer = lm.tokenizer
+    rows = item_rows(prepared)
+    with (out / ANSWERS).open("w") as handle:
+        handle.writelines(json.dumps(row) + "\n" for row in rows)
+    record = tasks_record(spec, prepared) | adapter_record(inputs)
+    record["chat"] = tokenizer_record(spec, inputs, tokenizer)
+    (out / PROMPTS).write_text(json.dumps(record, indent=1))
+    known = (*METRICS, *WRITTEN, FLEXIBLE)
+    names = [name for name in known if all(name in row for row in rows)]
+    if not names:
+        raise EvaluationError(
+            f"lm-eval's {spec.task} has neither acc nor acc_norm for all its items; of other "
+            f"metrics of lm-eval, ebbline supports {', '.join(WRITTEN)}"
+        )
+    how = "arg-max" if names[0] in METRICS else names[0]
+    right = [row[names[0]] > 0.5 for row in rows]
+    write_samples(
+        out,
+        [
+            Sample(row["id"], row["task"], "right" if ok else "wrong", how, ok)
+            for row, ok in zip(rows, right, strict=True)
+        ],
+    )
+    write_metrics(out, [Metric.of(name, [row[name] for row in rows]) for name in names])
+
+
+@contextlib.contextmanager
+def _loaded(spec: EvaluateSpec, inputs: Mapping[str, Path], ctx: Context) -> Iterator[PrefixLM]:
+    """The model in this process, with the adapter on it."""
     resident, tokenizer = ctx.residents.model(
         inputs["model"],
         spec.quantisation,
@@ -92,40 +135,28 @@ def run(spec: EvaluateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
         adapter=tokenizer_beside(spec, inputs),
     )
     resident.eval()
-    folder = inputs["prompts"]
-    asked = (spec.task, spec.shots, spec.chat_template, spec.limit)
-    key = ("lm-eval", *asked, tokenizer, fingerprint(folder))
     with adapter_on(resident, inputs.get("adapter"), ctx.residents) as model:
-        lm = PrefixLM(
+        yield PrefixLM(
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=1 if rows_meet(model) else spec.batch_size,
             backend="causal",
             softmax_dtype="float32",
         )
-        prepared = ctx.residents.remembered(key, lambda: prepare(spec, folder, lm))
-        answer(prepared, lm, ctx)
-    rows = item_rows(prepared)
-    with (out / ANSWERS).open("w") as handle:
-        handle.writelines(json.dumps(row) + "\n" for row in rows)
-    record = tasks_record(spec, prepared) | adapter_record(inputs)
-    record["chat"] = tokenizer_record(spec, inputs, tokenizer)
-    (out / PROMPTS).write_text(json.dumps(record, indent=1))
-    names = [name for name in METRICS if all(name in row for row in rows)]
-    if not names:
-        raise EvaluationError(
-            f"lm-eval's {spec.task} has neither acc nor acc_norm for all its items; "
-            "ebbline supports no other metric of lm-eval"
-        )
-    right = [row[names[0]] > 0.5 for row in rows]
-    write_samples(
-        out,
-        [
-            Sample(row["id"], row["task"], "right" if ok else "wrong", "arg-max", ok)
-            for row, ok in zip(rows, right, strict=True)
-        ],
+
+
+@contextlib.contextmanager
+def _served(spec: EvaluateSpec, inputs: Mapping[str, Path], ctx: Context) -> Iterator[PrefixLM]:
+    """The model at the server of the Spec's backend."""
+    tokenizer = ctx.residents.tokenizer(
+        inputs["model"],
+        spec.chat,
+        checked=spec.chat_template,
+        adapter=tokenizer_beside(spec, inputs),
     )
-    write_metrics(out, [Metric.of(name, [row[name] for row in rows]) for name in names])
+    from ebbline.tasks.measuring.lm_tasks.served_model import ServedLM  # imports an HTTP client
+
+    yield ServedLM(spec, inputs["model"], inputs.get("adapter"), tokenizer, ctx)
 
 
 def prepare(spec: EvaluateSpec, folder: Path, lm: PrefixLM) -> Prepared:
@@ -272,8 +303,14 @@ def item_rows(prepared: Prepared) -> list[dict[str, Any]]:
                 instances[0].doc, [instance.filtered_resps[first_filter] for instance in instances]
             )
             row: dict[str, Any] = {"id": f"{name}/{item}", "task": name} | {
-                metric: float(measures[metric]) for metric in METRICS if metric in measures
+                metric: float(measures[metric])
+                for metric in (*METRICS, *WRITTEN)
+                if metric in measures
             }
+            if FLEXIBLE_FILTER in instances[0].filtered_resps:
+                last = [instance.filtered_resps[FLEXIBLE_FILTER] for instance in instances]
+                found = task.process_results(instances[0].doc, last)
+                row[FLEXIBLE] = float(found["exact_match"])
             if instances[0].request_type == "loglikelihood":
                 # Further digits are rounding error.
                 row["logprobs"] = [round(instance.resps[0][0], 4) for instance in instances]

@@ -42,8 +42,10 @@ EVALUATE = StageKind(
     counted_work=_counted_work,
     belongs_to="point",
     gpus=one_gpu,
-    resident=lambda spec, stage: model_in_memory(stage, spec.quantisation, spec.dtype),
-    alike=("task", "shots", "quantisation", "dtype"),
+    resident=lambda spec, stage: model_in_memory(
+        stage, spec.quantisation, spec.dtype, spec.backend
+    ),
+    alike=("task", "shots", "quantisation", "dtype", "backend"),
     nearer=("limit",),
     has_metrics=True,
     colour="C2",

@@ -1,4 +1,4 @@
-"""The stage `generate`: one greedy completion for each prompt of a set.
+"""The stage `generate` by transformers: one greedy completion for each prompt of a set.
 
 Scoring is a stage of its own, so scorers may change or be compared without the model. Adapters of
 one base that are measured in one batch share the loaded weights and the tokenised prompts.
@@ -50,9 +50,8 @@ class Asked:
 
 def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
     prompts = asked(spec, inputs["prompts"])
-    completions, decoded = _completions(
-        spec, inputs, [prompt.text for prompt in prompts.chosen.prompts], ctx
-    )
+    texts = [prompt.text for prompt in prompts.chosen.prompts]
+    completions, decoded = _completions(spec, inputs, texts, ctx)
     tokenizer = ctx.residents.tokenizer(
         inputs["model"], spec.chat, adapter=tokenizer_beside(spec, inputs)
     )
@@ -105,11 +104,6 @@ def _completions(
     spec: GenerateSpec, inputs: Mapping[str, Path], prompts: Sequence[str], ctx: Context
 ) -> tuple[list[tuple[str, int, bool]], dict[str, Any]]:
     """The completions of the prompts, and how they were decoded."""
-    if spec.backend == "vllm":
-        # vLLM is an optional dependency.
-        from ebbline.tasks.measuring.vllm_backend import complete_with_vllm
-
-        return complete_with_vllm(spec, inputs["model"], inputs.get("adapter"), prompts, ctx)
     resident, tokenizer = ctx.residents.model(
         inputs["model"],
         spec.quantisation,

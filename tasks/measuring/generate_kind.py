@@ -41,11 +41,13 @@ def _counted_work(spec: GenerateSpec, stage: Stage) -> Load:
 
 GENERATE = StageKind(
     GenerateSpec,
-    function="ebbline.tasks.measuring.generate:run",
+    function="ebbline.tasks.measuring.backends:run",
     counted_work=_counted_work,
     belongs_to="point",
     gpus=one_gpu,
-    resident=lambda spec, stage: model_in_memory(stage, spec.quantisation, spec.dtype),
+    resident=lambda spec, stage: model_in_memory(
+        stage, spec.quantisation, spec.dtype, spec.backend
+    ),
     alike=("quantisation", "dtype", "backend", "batch_size"),
     nearer=("label", "needs_answer", "max_new_tokens", "limit"),
     colour="C0",

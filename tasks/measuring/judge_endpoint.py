@@ -118,21 +118,7 @@ def ask_endpoint(
 
 
 def _address(spec: JudgeSpec) -> str:
-    try:
-        url = httpx.URL(str(spec.endpoint))
-    except httpx.InvalidURL:
-        url = httpx.URL("")
-    if url.userinfo or url.query:
-        raise EvaluationError(
-            f"the URL of the judge's endpoint at {url.host} holds a user name, a key or a query; "
-            f"put the key into {KEYS[0]} instead"
-        )
-    if url.scheme not in ("http", "https") or not url.host:
-        raise EvaluationError(
-            f"the judge's endpoint {spec.endpoint!r} is no http(s) URL; give the part "
-            "before /chat/completions"
-        )
-    return f"{str(url).rstrip('/')}/chat/completions"
+    return f"{str(spec.endpoint).rstrip('/')}/chat/completions"
 
 
 def _headers() -> dict[str, str]:

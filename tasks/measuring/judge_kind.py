@@ -1,6 +1,7 @@
 """The stage kind `judge`."""
 
 from ebbline.tasks.data.rows import ROW_TOKENS
+from ebbline.tasks.judges.facts import JUDGES
 from ebbline.tasks.measuring.generate_kind import completions_of
 from ebbline.tasks.models.model_work import generation, model_shape
 from ebbline.tasks.specs import JudgeSpec
@@ -27,7 +28,13 @@ def _counted_work(spec: JudgeSpec, stage: Stage) -> Load:
     new = 1 if spec.template == "classifier" else spec.max_new_tokens
     shape = model_shape(stage.inputs["model"])
     return generation(
-        shape, spec.quantisation, spec.dtype, rows, tokens + ROW_TOKENS, new, spec.batch_size
+        shape,
+        spec.quantisation,
+        spec.dtype,
+        rows * JUDGES[spec.template].asks,
+        tokens + ROW_TOKENS,
+        new,
+        spec.batch_size,
     )
 
 

@@ -33,11 +33,18 @@ DIRECTIONS: dict[str, Direction] = {
     "over_refusal_rate": "minimise",
     "full_refusal_rate": "minimise",
     "partial_refusal_rate": "minimise",
+    "harm_score": "minimise",
+    "harm_top_rate": "minimise",
     "task_accuracy": "maximise",
     "rouge_l": "maximise",
+    "exact_match": "maximise",
+    "exact_match_flexible": "maximise",
+    "prompt_level_strict_acc": "maximise",
+    "prompt_level_loose_acc": "maximise",
     "acc": "maximise",
     "acc_norm": "maximise",
 }
+ALWAYS_MEANS = ("rouge_l", "harm_score")  # also where every score happens to be 0 or 1
 
 
 @lru_cache(64)
@@ -45,7 +52,7 @@ def _normal_quantile(share: float) -> float:
     return float(ndtri(share))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Metric:
     """A rate over `n` samples with its 95% Wilson interval, or the mean of scores in [0, 1] with
     its 95% normal interval. No interval is a single value.
@@ -70,7 +77,8 @@ class Metric:
         """A rate when every score is 0 or 1, else a mean. A score of None is undecided."""
         decided = [score for score in scores if score is not None]
         rate = (
-            all(score in (0.0, 1.0) for score in decided) and name.rpartition(".")[2] != "rouge_l"
+            all(score in (0.0, 1.0) for score in decided)
+            and name.rpartition(".")[2] not in ALWAYS_MEANS
         )
         return Metric(
             name,

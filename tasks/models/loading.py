@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -26,6 +26,13 @@ from ebbline.tasks.specs import DEFAULT_CHAT, Chat, Dtype, Quantisation
 
 INT8_LOGGER = "bitsandbytes.autograd._functions"
 T = TypeVar("T")
+
+
+class Closing(Protocol):
+    def close(self) -> None: ...
+
+
+S = TypeVar("S", bound=Closing)
 _SAMPLES = 16  # elements of each tensor in a fingerprint
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -134,12 +141,14 @@ class _Loaded:
 
 class Residents:
     """The base model that this process keeps loaded: one at a time, shared by all stages that need
-    it. `load` reads it: a benchmark makes the model in memory instead.
+    it. `load` reads it: a benchmark makes the model in memory instead. In its place there may be a
+    server that has the model; the memory is not enough for both.
     """
 
     def __init__(self, load: Callable[..., PreTrainedModel] | None = None) -> None:
         self._load = load
         self._loaded: _Loaded | None = None
+        self._server: Any = None
         self._remembered: dict[object, Any] = {}
         self.loads = 0
 
@@ -198,6 +207,16 @@ class Residents:
             lambda: load_tokenizer(folder, chat, checked, adapter),
         )
 
+    def server(self, serves: Callable[[S], bool], start: Callable[[], S]) -> S:
+        """The server that this process keeps if it `serves`, else what `start` returns. A loaded
+        model and another server end before.
+        """
+        if self._server is None or not serves(self._server):
+            self.clear()
+            self._server = start()
+        found: S = self._server
+        return found
+
     def remembered(self, key: object, make: Callable[[], T]) -> T:
         """The result of `make`, computed once for each key while the model stays loaded. Tokenised
         prompts, for example, are the same for all adapters of a model.
@@ -210,11 +229,15 @@ class Residents:
     @property
     def empty(self) -> bool:
         """Whether nothing has been loaded since the last `clear`."""
-        return self._loaded is None and not self._remembered
+        return self._loaded is None and self._server is None and not self._remembered
 
     def clear(self) -> None:
-        """Release the model, and what failed loads and steps left in reference cycles."""
-        self._loaded = None
+        """Release the model, and what failed loads and steps left in reference cycles. End the
+        server.
+        """
+        self._loaded, server, self._server = None, self._server, None
+        if server is not None:
+            server.close()
         self._remembered.clear()
         gc.collect()
         if torch.cuda.is_available():

@@ -173,6 +173,7 @@ def predict(
     step = max(
         12 * shape.vocabulary * tokens,
         layer * tokens + (largest if spec.quantisation != "none" else 0),
+        penalty_bytes(shape, members),
     )
     training: dict[str, float] = {
         "base weights": weights / n if stage == 3 else weights,
@@ -193,6 +194,10 @@ def predict(
         training["stacked adapters"] = (
             4 * adapter / (shape.layers if layout.gradient_checkpointing else 1)
         )
+    if averaged := sum(sum(shape.adapter(each)) for each in members if each.ema_decay):
+        training["moving averages"] = 4 * averaged  # a gang's are on rank 0
+    if any(each.reads_alignment for each in members):
+        training["alignment of the penalty"] = width * alignment_elements(shape, spec) / n
     if n > 1:
         # The float32 copy that DeepSpeed updates. Under ZeRO-3 the weights are sharded too, and
         # only small ones stay whole.
@@ -209,6 +214,21 @@ def predict(
     whole = weights / n if stage == 3 and spec.quantisation == "none" else weights
     embedding = shape.vocabulary * shape.hidden * width
     return PredictedMemory(training, whole + constants + 4 * adapter + max(largest, embedding))
+
+
+def alignment_elements(shape: Shape, spec: TrainSpec) -> int:
+    """The elements of V in the trained modules. A gang's members each keep a share of them."""
+    pairs = [shape.linears[name] for name in spec.target_modules if name in shape.linears]
+    return shape.layers * sum(inputs * outputs for inputs, outputs in pairs)
+
+
+def penalty_bytes(shape: Shape, members: Sequence[TrainSpec]) -> int:
+    """Bytes that AsFT's penalty takes for a moment, after the activations are freed: a module's V
+    in float32, if it is kept in bfloat16.
+    """
+    if not any(each.reads_alignment and each.dtype == "bfloat16" for each in members):
+        return 0
+    return 4 * max(inputs * outputs for inputs, outputs in shape.linears.values())
 
 
 def quantised_bytes(shape: Shape, quantisation: Quantisation, width: int) -> float:
@@ -399,6 +419,17 @@ def reset_peak_memory(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def peak_memory_gb(device: str) -> float:
+    """The most that torch has allocated on the device since `reset_peak_memory`; on a CPU, the most
+    host memory that this process has had.
+    """
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    import torch  # only a worker has torch
+
+    return float(torch.cuda.max_memory_allocated() / GB)
+
+
 def environment(ctx: Context, predicted_gb: float | None) -> dict[str, object]:
     """Where an attempt ran, for its record. `peak_memory_gb` is the host memory of this process
     since it started.
@@ -407,14 +438,12 @@ def environment(ctx: Context, predicted_gb: float | None) -> dict[str, object]:
         "device": ctx.device,
         "host": platform.node(),
         "python": platform.python_version(),
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2, 3),
+        "peak_memory_gb": round(peak_memory_gb("cpu"), 3),
     }
     if predicted_gb is not None:
         environment["predicted_memory_gb"] = round(predicted_gb, 3)
     if ctx.device != "cpu":
-        import torch  # only a worker has torch
-
-        peak_gb = torch.cuda.max_memory_allocated() / GB
+        peak_gb = peak_memory_gb(ctx.device)
         environment["peak_gpu_memory_gb"] = round(peak_gb, 3)
         warn_of_a_wrong_prediction(predicted_gb, peak_gb)
     return environment

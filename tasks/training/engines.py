@@ -14,9 +14,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,9 @@ from ebbline.tasks.models.adapters import take_off as take_adapter_off
 from ebbline.tasks.models.loading import DTYPES, load_model, load_tokenizer
 from ebbline.tasks.specs import Dtype, TrainSpec
 from ebbline.tasks.stage import Context
+from ebbline.tasks.training.anchoring import average_step
 from ebbline.tasks.training.micro_batch import learn, learnt
+from ebbline.tasks.training.penalties import Contrast, Penalty, alignments_for, penalty_of
 
 _log = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -49,18 +51,34 @@ class Saved:
     parameters: Tensors
     # By MOMENTS, then by the parameter's name. Empty before the first step.
     moments: dict[str, Tensors]
+    # The moving averages of the parameters; empty without `ema_decay`
+    averages: Tensors = field(default_factory=dict)
+
+
+class Stepped(NamedTuple):
+    """What one optimiser step did. `loss` is the mean over the `tokens` with a label, and
+    `gradient_norm` the length of the whole gradient before it was clipped. `fastest_s` and
+    `slowest_s` are the seconds of a gang's members until they met.
+    """
+
+    loss: float
+    tokens: int
+    gradient_norm: float
+    fastest_s: float | None = None
+    slowest_s: float | None = None
 
 
 class Engine(ABC):
-    """A model in training."""
+    """A model in training. `micro_batch` is the number of rows of one pass on a device."""
 
     tokenizer: Any
     ctx: Context
+    micro_batch: int
     _saved_at: float
 
     @abstractmethod
-    def step(self, batch: Sequence[Row], learning_rate: float) -> tuple[float, int]:
-        """Do one optimiser step on a global batch. Returns (mean token loss, tokens)."""
+    def step(self, batch: Sequence[Row], learning_rate: float) -> Stepped:
+        """Do one optimiser step on a global batch."""
 
     @abstractmethod
     def resume(self) -> Curve:
@@ -114,6 +132,8 @@ class Trainee:
     updated in float32. Each bfloat16 parameter is rounded from a float32 master after each step.
     Without a master, a step smaller than half the spacing of bfloat16 changes nothing, and most
     steps of a fine-tuning are smaller.
+
+    A `penalty` acts once a step, on the gradients before they are clipped.
     """
 
     def __init__(
@@ -121,22 +141,34 @@ class Trainee:
         named: Sequence[tuple[str, torch.nn.Parameter]],
         spec: TrainSpec,
         dtype: torch.dtype = torch.float32,
+        penalty: Penalty | None = None,
     ) -> None:
-        self.named, self._norm = named, spec.gradient_norm
+        self.named, self._norm, self._penalty = named, spec.gradient_norm, penalty
         self.parameters = [parameter for _, parameter in named]
         self.masters = [_master(parameter, dtype) for parameter in self.parameters]
         self.optimizer = torch.optim.AdamW(
             self.masters, lr=spec.learning_rate, weight_decay=spec.weight_decay
         )
+        self._decay = spec.ema_decay
+        self._averages = {
+            name: tensor.detach().clone() for name, tensor in self._by_name() if spec.ema_decay
+        }
 
-    def update(self, learning_rate: float) -> None:
-        """Clip the gradients, do one AdamW step and drop the gradients."""
-        torch.nn.utils.clip_grad_norm_(self.masters, self._norm)
+    def update(self, learning_rate: float) -> float:
+        """Add the penalty's gradients, clip, do one AdamW step and drop the gradients. Returns the
+        length of the whole gradient before it was clipped.
+        """
+        if self._penalty is not None:
+            self._penalty.add_gradients(self._by_name())
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self._norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
+        if self._averages:
+            average_step(self._averages, dict(self._by_name()), self._decay)
         self._round()
         self.forget()
+        return norm.item()
 
     def forget(self) -> None:
         """Drop the gradients."""
@@ -145,16 +177,19 @@ class Trainee:
             parameter.grad = None
 
     def state(self, curve: Curve) -> Saved:
-        by_name = [(name, m) for (name, _), m in zip(self.named, self.masters, strict=True)]
+        by_name = self._by_name()
         moments = {
             moment: {name: self.optimizer.state[master][moment] for name, master in by_name}
             for moment in MOMENTS
         }
-        return Saved(curve, {name: master.data for name, master in by_name}, moments)
+        weights = {name: master.data for name, master in by_name}
+        return Saved(curve, weights, moments, self._averages)
 
     def restore(self, saved: Saved) -> None:
         with torch.no_grad():
-            for (name, _), master in zip(self.named, self.masters, strict=True):
+            for name, average in self._averages.items():
+                average.copy_(saved.averages[name])
+            for name, master in self._by_name():
                 master.copy_(saved.parameters[name])
                 if saved.moments:
                     moments = {moment: saved.moments[moment][name].to(master) for moment in MOMENTS}
@@ -164,10 +199,15 @@ class Trainee:
                     }
         self._round()
 
-    def show_masters(self) -> None:
-        """Replace the model's parameters by their masters, to save them. No step may follow."""
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            parameter.data = master.data
+    def show_result(self) -> None:
+        """Replace the model's parameters by their averages, else by their masters, to save them. No
+        step may follow.
+        """
+        for (name, parameter), master in zip(self.named, self.masters, strict=True):
+            parameter.data = self._averages.get(name, master.data)
+
+    def _by_name(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, m) for (name, _), m in zip(self.named, self.masters, strict=True)]
 
     def _round(self) -> None:
         with torch.no_grad():
@@ -205,7 +245,9 @@ class SingleDevice(Engine):
     LoRA trainings share the resident base model; full fine-tuning loads its own copy.
     """
 
-    def __init__(self, spec: TrainSpec, folder: Path, ctx: Context) -> None:
+    def __init__(
+        self, spec: TrainSpec, folder: Path, ctx: Context, contrast: Contrast | None = None
+    ) -> None:
         self.spec, self.ctx = spec, ctx
         if spec.method == "lora" and ctx.residents is not None:
             self._resident, self.tokenizer = ctx.residents.model(
@@ -222,21 +264,22 @@ class SingleDevice(Engine):
         self._slots = slots_of(self._resident)
         self.model = trainable(self._resident, spec, ctx)
         self.model.train()
+        named = [
+            (name, tensor) for name, tensor in self.model.named_parameters() if tensor.requires_grad
+        ]
+        alignments = alignments_for(spec, [name for name, _ in named], contrast, ctx.device)
         self.trainee = Trainee(
-            [
-                (name, tensor)
-                for name, tensor in self.model.named_parameters()
-                if tensor.requires_grad
-            ],
+            named,
             spec,
             DTYPES[spec.dtype] if spec.method == "full" else torch.float32,
+            penalty_of(spec, alignments),
         )
         self.micro_batch = learnt(ctx.scratch).limited(
             min(ctx.micro_batch or spec.global_batch, spec.global_batch)
         )
         self._saved_at = time.monotonic()
 
-    def step(self, batch: Sequence[Row], learning_rate: float) -> tuple[float, int]:
+    def step(self, batch: Sequence[Row], learning_rate: float) -> Stepped:
         tokens = count_tokens(batch)
         while True:
             try:
@@ -255,8 +298,7 @@ class SingleDevice(Engine):
             learn(self.ctx.scratch, most=self.micro_batch)
             self.trainee.forget()
             gc.collect()
-        self.trainee.update(learning_rate)
-        return float(loss), tokens
+        return Stepped(float(loss), tokens, self.trainee.update(learning_rate))
 
     def _backward(self, rows: Sequence[Row], tokens: int) -> float:
         loss = token_loss(self.model, rows, self.tokenizer.pad_token_id, self.ctx.device) / tokens
@@ -277,7 +319,7 @@ class SingleDevice(Engine):
         return self.trainee.state(curve)
 
     def gathered(self) -> AbstractContextManager[Any]:
-        self.trainee.show_masters()
+        self.trainee.show_result()
         return nullcontext(self.model)
 
     def close(self) -> None:
@@ -367,7 +409,12 @@ def out_of_memory(error: BaseException) -> bool:
 
 def write_checkpoint(ctx: Context, saved: Saved) -> None:
     """Replace the checkpoint in `ctx.scratch` atomically, then call `ctx.saved`."""
-    content = {"curve": saved.curve, "parameters": saved.parameters, "moments": saved.moments}
+    content = {
+        "curve": saved.curve,
+        "parameters": saved.parameters,
+        "moments": saved.moments,
+        "averages": saved.averages,
+    }
     write_whole(ctx.scratch / "checkpoint.pt", lambda fresh: torch.save(content, fresh))
     ctx.saved()
 
@@ -389,12 +436,13 @@ def read_checkpoint(ctx: Context) -> Saved | None:
             raise
         _remove(path, f"cannot be read ({type(error).__name__})")
         return None
-    tensors = [content["parameters"], *content["moments"].values()]
+    averages = content.get("averages", {})  # earlier versions wrote none
+    tensors = [content["parameters"], *content["moments"].values(), averages]
     if any(tensor.dtype.itemsize < WIDTH for named in tensors for tensor in named.values()):
         _remove(path, "is not in float32")
         return None
     curve = [(int(step), loss, rate, int(tokens)) for step, loss, rate, tokens in content["curve"]]
-    return Saved(curve, content["parameters"], content["moments"])
+    return Saved(curve, content["parameters"], content["moments"], averages)
 
 
 def _remove(path: Path, reason: str) -> None:

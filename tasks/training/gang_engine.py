@@ -15,6 +15,7 @@ weights: each member loads all of them, and they are partitioned afterwards.
 """
 
 import gc
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,17 +34,30 @@ from ebbline.tasks.models.loading import load_model, load_tokenizer
 from ebbline.tasks.models.memory import zero_buffers
 from ebbline.tasks.specs import TrainSpec
 from ebbline.tasks.stage import Context
+from ebbline.tasks.training.anchoring import average_step
 from ebbline.tasks.training.engines import (
     MOMENTS,
     Curve,
     Engine,
     Saved,
+    Stepped,
+    Tensors,
     out_of_memory,
     read_checkpoint,
     token_loss,
     trainable,
 )
 from ebbline.tasks.training.micro_batch import learn
+from ebbline.tasks.training.penalties import (
+    Contrast,
+    ModuleAlignment,
+    Penalty,
+    alignments_of,
+    modules_in,
+    pairs_in,
+    penalty_of,
+    require_difference,
+)
 
 WIDER = {"F16", "F32", "F64"}  # safetensors' names of dtypes with more digits than bfloat16
 
@@ -51,7 +65,9 @@ WIDER = {"F16", "F32", "F64"}  # safetensors' names of dtypes with more digits t
 class DeepSpeedGang(Engine):
     """One member of a gang."""
 
-    def __init__(self, spec: TrainSpec, folder: Path, ctx: Context) -> None:
+    def __init__(
+        self, spec: TrainSpec, folder: Path, ctx: Context, contrast: Contrast | None = None
+    ) -> None:
         import deepspeed  # only gangs need it, and the import takes seconds
 
         # On CPUs DeepSpeed would compile this inference operation for a minute on first use. No
@@ -102,6 +118,9 @@ class DeepSpeedGang(Engine):
         self._gathered = deepspeed.zero.GatheredParameters
         if spec.method == "full" and spec.dtype == "bfloat16" and _stored_wider(folder):
             self._start_from_stored_weights(folder)
+        self._penalty = self._own_penalty(contrast)
+        # Rank 0 holds the averages.
+        self._averages: Tensors = dict(self._weights()) if spec.ema_decay else {}
         self._saved_at = time.monotonic()
 
     def _load(self, folder: Path, zero: dict[str, Any]) -> Any:
@@ -134,8 +153,8 @@ class DeepSpeedGang(Engine):
             dist.broadcast(whole, src=0)
             self._put(parameter, whole, None)
 
-    def step(self, batch: Sequence[Row], learning_rate: float) -> tuple[float, int]:
-        tokens = count_tokens(batch)
+    def step(self, batch: Sequence[Row], learning_rate: float) -> Stepped:
+        tokens, began = count_tokens(batch), time.monotonic()
         own_rows = batch[self.ctx.rank :: self.ctx.world_size]
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -154,14 +173,77 @@ class DeepSpeedGang(Engine):
                 # DeepSpeed averages over members and micro-batches. This loss is already divided by
                 # all tokens, so the average is undone.
                 self.engine.backward(loss * self.ctx.world_size * self.accumulation)
+                if self._penalty is not None and i + self.micro_batch >= len(own_rows):
+                    self._penalise(self._penalty)
                 self.engine.step()
                 total += loss.detach()
         except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
             if out_of_memory(error):
                 raise self._smaller() from error
             raise
+        # A member's own time ends before it waits for the others' losses. The maximum of negative
+        # times is the fastest.
+        own_s = time.monotonic() - began
+        times = torch.tensor([own_s, -own_s], device=self.ctx.device)
+        if self.spec.ema_decay:
+            weights = dict(self._weights())
+            if self._averages:
+                average_step(self._averages, weights, self.spec.ema_decay)
         dist.all_reduce(total)
-        return total.item(), tokens
+        dist.all_reduce(times, op=dist.ReduceOp.MAX)
+        slowest_s, fastest_s = times.tolist()
+        norm = self.engine.get_global_grad_norm()
+        length = math.nan if norm is None else float(norm)
+        return Stepped(total.item(), tokens, length, -fastest_s, slowest_s)
+
+    def _own_penalty(self, contrast: Contrast | None) -> Penalty | None:
+        """The penalty with V of this member's share of the modules: every N-th of N members."""
+        alignments: dict[str, ModuleAlignment] = {}
+        if self.spec.reads_alignment:
+            own = modules_in(name for name, _ in self._named)[self.ctx.rank :: self.ctx.world_size]
+            alignments = alignments_of(self.spec, own, contrast, self.ctx.device)
+            different = torch.tensor(
+                float(any(each.norm for each in alignments.values())), device=self.ctx.device
+            )
+            dist.all_reduce(different)
+            require_difference(bool(different))
+        return penalty_of(self.spec, alignments)
+
+    def _penalise(self, penalty: Penalty) -> None:
+        """Add the penalty's gradients, each computed by the member with its module's V.
+
+        Every member calls this after the last backward pass of a step.
+        """
+        from deepspeed.utils import (
+            safe_get_full_fp32_param,
+            safe_get_full_grad,
+            safe_set_full_grad,
+            safe_set_local_grad,
+        )
+
+        for number, (module, pair) in enumerate(pairs_in(self._named).items()):
+            owner = number % self.ctx.world_size
+            whole = [safe_get_full_fp32_param(parameter) for parameter in pair]
+            added = [torch.zeros_like(matrix) for matrix in whole]
+            if owner == self.ctx.rank:
+                added = list(penalty.gradients(module, *whole))
+            for parameter, gradient in zip(pair, added, strict=True):
+                gradient = gradient.contiguous()
+                dist.broadcast(gradient, src=owner)
+                gradient += safe_get_full_grad(parameter)
+                if self.ctx.zero_stage < 3:
+                    safe_set_full_grad(parameter, gradient)
+                else:
+                    safe_set_local_grad(parameter, self._part(parameter, gradient))
+
+    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each trained tensor, whole and in float32, on rank 0. Every member must exhaust it."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self._named:  # each call gathers one tensor, on every member
+            whole = safe_get_full_fp32_param(parameter)
+            if self.ctx.rank == 0:
+                yield name, whole
 
     def _smaller(self) -> TrainingError:
         """The error of a member that ran out of memory.
@@ -201,7 +283,8 @@ class DeepSpeedGang(Engine):
     def state(self, curve: Curve) -> Saved | None:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        saved = Saved(curve, {}, {moment: {} for moment in MOMENTS})
+        averages = {name: average.cpu() for name, average in self._averages.items()}
+        saved = Saved(curve, {}, {moment: {} for moment in MOMENTS}, averages)
         for name, parameter in self._named:  # each call gathers one tensor, on every member
             weight = safe_get_full_fp32_param(parameter)
             moments = {
@@ -222,6 +305,9 @@ class DeepSpeedGang(Engine):
         if curve is None:
             return []
         self._begin_moments(len(curve))
+        for name, average in self._averages.items():
+            if saved is not None:
+                average.copy_(saved.averages[name])
         for name, parameter in self._named:
             for moment in (None, *MOMENTS):
                 whole = torch.empty(_shape(parameter), dtype=torch.float32, device=self.ctx.device)
@@ -266,20 +352,26 @@ class DeepSpeedGang(Engine):
             else:
                 safe_set_full_optimizer_state(parameter, whole, moment)
             return
-        # DeepSpeed pads the last member's part.
-        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-        padded = torch.zeros(size * self.ctx.world_size, device=whole.device)
-        padded[: whole.numel()] = whole.flatten()
-        part = padded[size * self.ctx.rank : size * (self.ctx.rank + 1)]
+        part = self._part(parameter, whole)
         if moment is None:
             safe_set_local_fp32_param(parameter, part)
         else:
             safe_set_local_optimizer_state(parameter, part, moment)
 
+    def _part(self, parameter: torch.nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+        """This member's part of a tensor under ZeRO-3. DeepSpeed pads the last member's part."""
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        padded = torch.zeros(size * self.ctx.world_size, device=whole.device)
+        padded[: whole.numel()] = whole.flatten()
+        return padded[size * self.ctx.rank : size * (self.ctx.rank + 1)]
+
     @contextmanager
     def gathered(self) -> Iterator[Any]:
         if self.spec.method == "lora":
             with self._gathered(self.parameters):
+                for name, parameter in self._named:
+                    if name in self._averages:
+                        parameter.data = self._averages[name]
                 yield self.engine.module
             return
         from deepspeed.utils import safe_get_full_fp32_param

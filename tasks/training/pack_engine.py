@@ -41,6 +41,12 @@ from ebbline.tasks.training.engines import (
     write_checkpoint,
 )
 from ebbline.tasks.training.micro_batch import learn, learnt
+from ebbline.tasks.training.penalties import (
+    Contrast,
+    ModuleAlignment,
+    alignments_for,
+    penalty_of,
+)
 
 
 @dataclass(eq=False)
@@ -73,7 +79,9 @@ class _Branch:
 class Pack:
     """A resident base with one adapter for each member, initialised from the member's own seed."""
 
-    def __init__(self, members: Sequence[Member], folder: Path) -> None:
+    def __init__(
+        self, members: Sequence[Member], folder: Path, contrast: Contrast | None = None
+    ) -> None:
         self.ctx, spec = members[0].ctx, members[0].spec
         if self.ctx.residents is not None:
             self._base, self.tokenizer = self.ctx.residents.model(
@@ -88,6 +96,7 @@ class Pack:
         self._slots = slots_of(self._base)
         self.model: Any = None
         self.trainees: dict[str, Trainee] = {}
+        alignments: dict[str, ModuleAlignment] | None = None
         for number, member in enumerate(members):
             member.name = f"member{number}"
             torch.manual_seed(member.spec.seed)
@@ -98,7 +107,13 @@ class Pack:
                     )
             else:
                 self.model.add_adapter(member.name, lora_config(member.spec))
-            self.trainees[member.name] = Trainee(_named(self.model, member.name), member.spec)
+            named = _named(self.model, member.name)
+            alignments = alignments or alignments_for(
+                member.spec, [name for name, _ in named], contrast, self.ctx.device
+            )
+            self.trainees[member.name] = Trainee(
+                named, member.spec, penalty=penalty_of(member.spec, alignments)
+            )
         if self.ctx.recomputes:
             recompute(self._base, spec, self.ctx)
         for module in self.model.modules():

@@ -7,27 +7,34 @@ clipping, AdamW, schedule, curve and checkpoint. Checkpoint and output have the 
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ebbline.tasks.data.batches import Row, count_tokens
 from ebbline.tasks.errors import Leaving, TrainingError
+from ebbline.tasks.models.memory import peak_memory_gb
+from ebbline.tasks.progress import TrainedStep
 from ebbline.tasks.training.pack_engine import Member, Pack
 from ebbline.tasks.training.packs import common, packable
+from ebbline.tasks.training.penalties import Contrast
 from ebbline.tasks.training.train import (
     batch_indices,
     check_loss,
+    known,
     learning_rate,
     length,
     read_rows,
     save_adapter,
+    steps_of,
     write_curve,
 )
 
 
 def run(
-    members: Sequence[Member], model: Path, data: Path
+    members: Sequence[Member], model: Path, data: Path, contrast: Contrast | None = None
 ) -> Iterator[tuple[Member, TrainingError | None]]:
-    """Train all members. Yields each member when its files are written, or with its error.
+    """Train all members. Yields each member when its files are written, or with its error. A
+    penalty asft needs `contrast`.
 
     The first member's Context gives the device and `micro_batch`, the rows of each member in one
     pass. Raises TrainingError for members that cannot be one pack. Raises Leaving, after all
@@ -35,11 +42,13 @@ def run(
     """
     clock = _Clock()
     _check(members)
-    pack = Pack(members, model)
+    pack = Pack(members, model, contrast)
     try:
         rows = read_rows(data, pack.tokenizer, members[0].spec)
         for member in members:
             pack.resume(member)
+            steps = length(member.spec, len(rows))
+            member.ctx.resumed(steps_of(member.curve, steps))
         clock.tick(members)
         yield from _train(pack, list(members), rows, clock)
     finally:
@@ -72,6 +81,7 @@ def _train(
         batches = {member: _batch(member, rows) for member in active}
         losses = pack.backward(batches)
         failed: dict[Member, TrainingError] = {}
+        done: dict[Member, TrainedStep] = {}
         for member, loss in losses.items():
             step, rate = len(member.curve), learning_rate(len(member.curve), steps, member.spec)
             try:
@@ -80,10 +90,17 @@ def _train(
                 failed[member] = error
                 pack.trainees[member.name].forget()
                 continue
-            pack.trainees[member.name].update(rate)
-            member.curve.append((step + 1, loss, rate, count_tokens(batches[member])))
-            member.ctx.step_done(step + 1, steps, loss, rate)
-        clock.tick(active)
+            norm, tokens = pack.trainees[member.name].update(rate), count_tokens(batches[member])
+            member.curve.append((step + 1, loss, rate, tokens))
+            done[member] = TrainedStep(
+                *(step + 1, steps, loss, rate, tokens),
+                gradient_norm=known(norm),
+                micro_batch=pack.micro_batch,
+                peak_memory_gb=peak_memory_gb(member.ctx.device),
+            )
+        share_s = clock.tick(active)
+        for member, step_done in done.items():
+            member.ctx.step_done(replace(step_done, seconds=share_s))
         for member, failure in failed.items():
             active.remove(member)
             yield member, failure
@@ -99,6 +116,7 @@ def _batch(member: Member, rows: Sequence[Row]) -> list[Row]:
 
 
 def _save(pack: Pack, member: Member) -> TrainingError | None:
+    pack.trainees[member.name].show_result()
     try:
         save_adapter(pack.model, member.name, member.spec, member.out)
     except TrainingError as error:
@@ -113,11 +131,14 @@ class _Clock:
     def __init__(self) -> None:
         self._since = time.monotonic()
 
-    def tick(self, members: Sequence[Member]) -> None:
+    def tick(self, members: Sequence[Member]) -> float:
+        """Adds the time since the last tick to the members, in equal shares. Returns a share."""
         now = time.monotonic()
+        share_s = (now - self._since) / len(members)
         for member in members:
-            member.seconds += (now - self._since) / len(members)
+            member.seconds += share_s
         self._since = now
+        return share_s
 
     def pause(self) -> None:
         """Count the time since the last tick for no member: the caller committed one."""

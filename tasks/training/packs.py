@@ -24,6 +24,8 @@ OWN_SETTINGS = frozenset(
         "weight_decay",
         "warmup_share",
         "gradient_norm",
+        "penalty_weight",
+        "ema_decay",
         "seed",
     }
 )

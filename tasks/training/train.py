@@ -1,7 +1,8 @@
 """Fine-tuning: the loop is load, while, step, save.
 
 The loss of a step is the mean over the assistant tokens of the global batch. So neither the
-micro-batch nor the number of processes changes the result. The rows and the dropout of a step
+micro-batch nor the number of processes changes the result. A penalty is added to it, once a step;
+the curve has the loss without it. The rows and the dropout of a step
 depend only on the seed and the step's number. So an interrupted training that continues from its
 checkpoint gives the result of an uninterrupted one.
 
@@ -12,6 +13,7 @@ the difference from the model before the training, which Safe LoRA subtracts.
 
 import csv
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,33 +27,48 @@ from ebbline.tasks.chat.training_rows import encode
 from ebbline.tasks.data.batches import Row
 from ebbline.tasks.data.conversations import read_conversations
 from ebbline.tasks.errors import DataError, TrainingError
+from ebbline.tasks.models.memory import peak_memory_gb
+from ebbline.tasks.progress import TrainedStep
 from ebbline.tasks.specs import TrainSpec
 from ebbline.tasks.stage import Context
 from ebbline.tasks.training.engines import Curve, Engine, SingleDevice
 from ebbline.tasks.training.gang_engine import DeepSpeedGang
+from ebbline.tasks.training.penalties import contrast_in
 
 
 def run(spec: TrainSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
     engine: Engine = (
-        DeepSpeedGang(spec, inputs["model"], ctx)
+        DeepSpeedGang(spec, inputs["model"], ctx, contrast_in(inputs))
         if ctx.world_size > 1
-        else SingleDevice(spec, inputs["model"], ctx)
+        else SingleDevice(spec, inputs["model"], ctx, contrast_in(inputs))
     )
     try:
         rows = read_rows(inputs["data"], engine.tokenizer, spec)
         steps = length(spec, len(rows))
         curve = engine.resume()
+        ctx.resumed(steps_of(curve, steps))
         for step in range(len(curve), steps):
+            began = time.monotonic()
             torch.manual_seed(spec.seed * 1_000_003 + step)
             rate = learning_rate(step, steps, spec)
             batch = [
                 rows[index]
                 for index in batch_indices(step, len(rows), spec.global_batch, spec.seed)
             ]
-            loss, tokens = engine.step(batch, rate)
-            check_loss(loss, step, steps, spec)
-            curve.append((step + 1, loss, rate, tokens))
-            ctx.step_done(step + 1, steps, loss, rate)
+            done = engine.step(batch, rate)
+            check_loss(done.loss, step, steps, spec)
+            curve.append((step + 1, done.loss, rate, done.tokens))
+            ctx.step_done(
+                TrainedStep(
+                    *(step + 1, steps, done.loss, rate, done.tokens),
+                    seconds=time.monotonic() - began,
+                    gradient_norm=known(done.gradient_norm),
+                    micro_batch=engine.micro_batch,
+                    peak_memory_gb=peak_memory_gb(ctx.device),
+                    fastest_s=done.fastest_s,
+                    slowest_s=done.slowest_s,
+                )
+            )
             engine.checkpoint(curve)
         _save(engine, spec, out, ctx)
         if ctx.rank == 0:
@@ -74,6 +91,16 @@ def read_rows(data: Path, tokenizer: Any, spec: TrainSpec) -> list[Row]:
 def length(spec: TrainSpec, rows: int) -> int:
     """The number of optimiser steps."""
     return spec.steps or max(1, round(spec.epochs * rows / spec.global_batch))
+
+
+def steps_of(curve: Curve, steps: int) -> list[TrainedStep]:
+    """The steps that a checkpoint has kept. `steps` is the number of all."""
+    return [TrainedStep(step, steps, loss, rate, tokens) for step, loss, rate, tokens in curve]
+
+
+def known(length: float) -> float | None:
+    """A gradient's length; None if it is not finite, as JSON has no word for that."""
+    return length if math.isfinite(length) else None
 
 
 def check_loss(loss: float, step: int, steps: int, spec: TrainSpec) -> None:

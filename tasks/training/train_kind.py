@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from ebbline.tasks.data.rows import rows_of
+from ebbline.tasks.models.memory import Shape, alignment_elements
 from ebbline.tasks.models.model_work import (
     KERNELS,
     KERNELS_A_LINEAR,
@@ -47,7 +48,26 @@ def _counted_work(spec: TrainSpec, stage: Stage) -> Load:
         KERNELS + KERNELS_A_LINEAR * (len(spec.target_modules) + quantised),
         written=4 * adapter,
     )
-    return replace(base, flops=base.flops + 6 * adapter * steps * tokens)
+    trained = replace(base, flops=base.flops + 6 * adapter * steps * tokens)
+    return _penalised(trained, spec, shape, steps) if spec.penalised else trained
+
+
+def _penalised(load: Load, spec: TrainSpec, shape: Shape, steps: float) -> Load:
+    """With the work of a penalty: for AsFT's, two products with V and their gradients, each step,
+    and one read of both models.
+    """
+    kernels = 12 * shape.layers * len(spec.target_modules)
+    if not spec.reads_alignment:
+        return replace(load, kernels=load.kernels + steps * kernels)
+    elements = alignment_elements(shape, spec)
+    return replace(
+        load,
+        flops=load.flops + 8 * elements * spec.rank * steps,
+        # V is widened to float32 once, and read four times
+        moved=load.moved + 22 * elements * steps,
+        kernels=load.kernels + 2 * steps * kernels,
+        read=load.read + 4 * elements,
+    )
 
 
 TRAIN = StageKind(
@@ -58,7 +78,7 @@ TRAIN = StageKind(
     gpus=one_gpu,
     resident=_resident,
     alike=("method", "quantisation", "dtype"),
-    nearer=("max_tokens", "global_batch", "target_modules"),
+    nearer=("max_tokens", "global_batch", "target_modules", "penalty"),
     writes_adapter=True,
     colour="C1",
     shows_key=True,

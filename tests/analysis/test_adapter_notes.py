@@ -27,7 +27,10 @@ def notes(tmp_path, records):
         return None if path is None else SimpleNamespace(file=lambda name: path)
 
     study = SimpleNamespace(
-        seeds=(0, 1), suites=("task", "refusal"), kind_of=lambda part: part.partition(":")[0]
+        seeds=(0, 1),
+        suites=("task", "refusal"),
+        objectives=("refusal_rate", "task_accuracy"),
+        kind_of=lambda part: part.partition(":")[0],
     )
     view = SimpleNamespace(study=study, home=SimpleNamespace(store=SimpleNamespace(find=find)))
     return adapter_notes(view, results)

@@ -1,5 +1,7 @@
 """The answer's sentences: what they report, hedge, and report as absent."""
 
+from dataclasses import replace
+
 from ebbline.analysis.report.answer import answer
 from ebbline.analysis.results.measurements import (
     NO_EVIDENCE,
@@ -102,16 +104,16 @@ def test_the_most_useful_point_that_holds_the_floor_is_picked(study: Study) -> N
         "small, operating point: point 2 (threshold=0.7 size=100 rank=8; 60% of modules "
         "projected) refuses 97.0%" in text
     )
-    assert "Its whole interval is at or above the floor." in text
+    assert "It is a candidate: the best of 3 different adapters" in text
     assert "task accuracy is not distinguishable (80.0% before, 70.0% after)" in text
     assert "refusal rate is higher (30.0% before, 97.0% after)" in text
 
 
-def test_a_floor_held_by_the_value_alone_is_hedged(study: Study) -> None:
+def test_a_floor_that_a_search_meets_is_hedged(study: Study) -> None:
     text = answer_text(
         study, [result(0, refusal=0.3), result(1, refusal=0.91, share=0.6, threshold=0.7)]
     )
-    assert "so whether it holds the floor is not certain." in text
+    assert "`ebbline confirm` measures it on other prompts and training seeds." in text
 
 
 def test_a_floor_that_no_point_holds_is_reported_with_the_nearest_point(study: Study) -> None:
@@ -144,7 +146,7 @@ def test_a_point_that_holds_the_floor_without_projection_and_is_more_useful_is_r
     assert "small, operating point: point 1 (" in text
     assert (
         "Without projection point 0 (threshold=none size=100 rank=8; 0% of modules "
-        "projected) holds the floor: it refuses 96.0%" in text
+        "projected) meets the floor as a candidate: it refuses 96.0%" in text
     )
     assert "and its task accuracy is 70.0%" in text
     low = [
@@ -236,7 +238,8 @@ def test_the_aligned_model_is_paired_with_every_seed(study: Study) -> None:
     assert "the exact sign test, in which a prompt counts once, has p < 0.05" in text
     assert (
         "Between seeds the refusal rate varies by a standard deviation of 2.8 points; the "
-        "intervals do not cover that." in text
+        "intervals of rates do not cover that. Each seed draws its own rows and its own training, "
+        "so the spread contains both." in text
     )
     assert "Elsewhere" not in text
     assert "rests on one training seed" not in text
@@ -264,7 +267,7 @@ def test_a_metric_without_per_sample_success_is_compared_by_its_intervals(study:
     low, high = (Metric.of("rouge_l", [value] * 99 + [value + 0.01]) for value in (0.3, 0.6))
     rows = [result(0, refusal=0.3), result(1, refusal=0.95, share=0.5, threshold=0.5)]
     rows = [
-        Result(**{**vars(row), "metrics": {**row.metrics, rouge: m}})
+        replace(row, metrics={**row.metrics, rouge: m})
         for row, m in zip(rows, (high, low), strict=True)
     ]
     held = Held(

@@ -174,7 +174,7 @@ def test_each_named_outcome_has_its_golden_report():
     ("aligned", "task", "words", "better"),
     [
         (0.2, 0.4, "better than not fine-tuning", True),
-        (0.4, 0.42, "no better than not fine-tuning", False),
+        (0.4, 0.42, "no gain over not fine-tuning", False),
         (0.6, 0.3, "worse than not fine-tuning", False),
         (0.0, 0.0, "of no use: its task accuracy is 0.0%", False),
     ],

@@ -29,7 +29,7 @@ def test_the_fine_tuned_point_is_the_training_of_the_projected_one(study: Study)
     ]
     (trio,) = trios(study, rows)
     assert trio.tuned is not None and trio.shipped is not None
-    assert (trio.tuned.number, trio.shipped.number, trio.holds) == (1, 2, True)
+    assert (trio.tuned.number, trio.shipped.number, trio.meets) == (1, 2, True)
 
 
 def test_without_a_projected_point_the_first_training_is_shown(study: Study) -> None:

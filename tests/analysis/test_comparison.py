@@ -85,6 +85,19 @@ def test_operating_points_on_the_same_prompts_are_tested_in_pairs(pair: tuple[Si
     assert found.apart == {}
 
 
+def test_frontiers_of_unequal_numbers_of_points_get_no_verdict(
+    pair: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fewer = replace(pair[0], results=pair[0].results[:2]), pair[1]
+    (size,) = study_comparison(*fewer, [Floor(REFUSAL, 0.9)], TASK).sizes
+    assert size.volumes is not None and size.volumes.points == (2, 3)
+    assert not size.volumes.comparable
+    monkeypatch.setattr("ebbline.commands.compare._sides", lambda names, homes: list(fewer))
+    printed = CliRunner().invoke(app, ["compare", "one", "two"]).output
+    assert "no verdict on the hypervolume: the frontiers come from 2 and 3" in printed
+    assert "so larger" not in printed
+
+
 def test_other_prompts_are_flagged_and_their_intervals_decide(pair: tuple[Side, Side]) -> None:
     before, after = pair
     other = replace(

@@ -24,7 +24,14 @@ from ebbline.analysis.results.costs import (
 )
 from ebbline.cluster.executors.executor import Capacity, Host, Needs
 from ebbline.cluster.profile import GpuType, Profile
-from ebbline.cluster.schedule.costs import Cost, cost_of, expected_cost, gpu_types, total
+from ebbline.cluster.schedule.costs import (
+    Cost,
+    Origin,
+    cost_of,
+    expected_cost,
+    gpu_types,
+    total,
+)
 from ebbline.sweeps.forecast.prediction import Prediction
 from ebbline.sweeps.state.spending import Spent
 from ebbline.sweeps.study.points import Point, Result
@@ -39,13 +46,13 @@ def result(number: int, costs: dict[str, Cost]) -> Result:
     return Result(number, Point.of("7b", {"train.rank": number + 1}), "done", costs=costs)
 
 
-def a100(hours: float) -> Cost:
-    return Cost({"A100": hours * HOUR})
+def a100(hours: float, kind: str = "generate") -> Cost:
+    return Cost({"A100": hours * HOUR}, Origin(kind, 1, 1, "cuda", "A100", "node-1"))
 
 
 SHARED = [
-    result(0, {"train": a100(2), "a": a100(1)}),
-    result(1, {"train": a100(2), "b": a100(1)}),
+    result(0, {"train": a100(2, "train"), "a": a100(1)}),
+    result(1, {"train": a100(2, "train"), "b": a100(1)}),
     result(2, {}),
 ]
 
@@ -140,8 +147,7 @@ def test_the_table_has_a_cost_where_something_ran_and_dollars_where_there_is_a_p
 
 def test_the_report_has_a_points_price_beside_the_papers_and_reports_missing_prices():
     spent = Spent(HOUR, a100(4.5), frozenset({"train", "a", "b"}))
-    kinds = {"train": "train", "a": "generate", "b": "generate"}
-    rows = cost_rows(SHARED, {}, kinds, spent, PRICES)
+    rows = cost_rows(SHARED, {}, spent, PRICES)
     assert str(rows["a point alone, if nothing were shared"]).startswith(
         "3 GPU-hours, $4.50 (the middle of 2;"
     )
@@ -151,7 +157,7 @@ def test_the_report_has_a_points_price_beside_the_papers_and_reports_missing_pri
         rows["of that, on lost and failed attempts and on starting processes"]
         == "0.5 GPU-hours, $0.75"
     )
-    bare = cost_rows(SHARED, {}, kinds, spent, Profile())
+    bare = cost_rows(SHARED, {}, spent, Profile())
     assert "$" not in str(
         bare["saved by sharing"]
     ) and "none in cluster.yaml, so GPU-hours only" in str(bare["prices"])

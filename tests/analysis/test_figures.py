@@ -11,9 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.lines import Line2D
 
-from ebbline.analysis.figures.drawing import Page, error_bar, looks, save, save_for_print, svg
-from ebbline.analysis.figures.frontier import RING, frontier_figure
-from ebbline.analysis.figures.knob import threshold_figure
+from ebbline.analysis.figures.drawing import (
+    MOST_LOOKS,
+    Page,
+    error_bar,
+    looks,
+    save,
+    save_for_print,
+    svg,
+)
+from ebbline.analysis.figures.frontier import RING, frontier_caption, frontier_figure
+from ebbline.analysis.figures.knob import threshold_caption, threshold_figure
 from ebbline.analysis.figures.words import frontier_words
 from ebbline.analysis.results.measurements import Baselines
 from ebbline.sweeps.study.points import Point, Result
@@ -31,11 +39,16 @@ def markers(axes: Axes, shape: str | None = None) -> list[tuple[float, float, bo
         for line in lines
         if isinstance(line, Line2D) and (shape is None or line.get_marker() == shape)
     ]
-    at = [np.asarray(line.get_xydata(), dtype=np.float64)[0] for line in kept]
     return [
         (float(x), float(y), line.get_markerfacecolor() != "white")
-        for (x, y), line in zip(at, kept, strict=True)
+        for line in kept
+        for x, y in np.asarray(line.get_xydata(), dtype=np.float64)
     ]
+
+
+def plain_dots(axes: Axes) -> int:
+    """How many points are drawn without an interval."""
+    return sum(len(line.get_xydata()) for line in axes.lines if line.get_rasterized())
 
 
 def test_every_finished_point_is_drawn_exactly_at_its_values(results: list[Result]) -> None:
@@ -135,6 +148,62 @@ def test_a_point_without_threshold_is_drawn_apart_over_none() -> None:
         "0.8",
     ]
     assert min(x for x, _, _ in markers(figure.axes[0])) < 0.35
+
+
+def many_results(trainings: int, thresholds: int) -> list[Result]:
+    """Points of that many trainings, each with that many thresholds and without one."""
+    numbered = ((t, v) for t in range(trainings) for v in range(thresholds + 1))
+    return [
+        result(
+            number,
+            refusal=0.1 + 0.8 * value / (thresholds + 1),
+            task=0.9 - 0.8 * value / (thresholds + 1) + training / 1000 / trainings,
+            rank=training + 1,
+            threshold=value / (thresholds + 1) if value else None,
+            share=0.5 if value else 0.0,
+        )
+        for number, (training, value) in enumerate(numbered)
+    ]
+
+
+@pytest.mark.parametrize("trainings", [MOST_LOOKS, MOST_LOOKS + 20, 6 * MOST_LOOKS])
+def test_figures_of_many_points_have_a_bounded_number_of_parts(trainings: int) -> None:
+    results = many_results(trainings, 29)
+    frontier, thresholds = frontier_figure(results, OBJECTIVES), threshold_figure(results, [TASK])
+    assert thresholds is not None
+    for axes in (frontier.axes[0], thresholds.axes[0]):
+        assert len(axes.containers) <= 2 * MOST_LOOKS
+        assert len(axes.lines) + len(axes.collections) <= 8 * MOST_LOOKS
+        assert len(markers(axes)) + plain_dots(axes) >= len(results)
+    assert len(markers(frontier.axes[0])) < 50 < plain_dots(frontier.axes[0])
+    assert len(thresholds.legends[0].get_texts()) <= MOST_LOOKS + 2
+    assert "the others are dots" in frontier_caption(results)
+
+
+def test_the_line_of_many_trainings_is_the_median_of_each_threshold() -> None:
+    results = many_results(MOST_LOOKS + 1, 3)
+    figure = threshold_figure(results, [REFUSAL])
+    assert figure is not None
+    (line,) = [each for each in figure.axes[0].lines if each.get_linewidth() == 1.6]
+    expected = [0.1 + 0.8 * value / 4 for value in (1, 2, 3)]
+    assert np.allclose(line.get_xydata(), np.array([(0.25, 0.5, 0.75), expected]).T, atol=0.003)
+    assert f"{MOST_LOOKS + 1} trainings are too many" in threshold_caption(results)
+
+
+def test_no_group_of_thresholds_splits_a_value() -> None:
+    """Half of the points have one threshold; the line has one place for it."""
+    results = many_results(MOST_LOOKS + 1, 60)
+    results = [
+        each
+        if each.number % 2
+        else result(each.number, threshold=0.5, rank=each.number % 50 + 1, share=0.5)
+        for each in results
+    ]
+    figure = threshold_figure(results, [REFUSAL])
+    assert figure is not None
+    (line,) = [each for each in figure.axes[0].lines if each.get_linewidth() == 1.6]
+    places = [x for x, _ in line.get_xydata()]
+    assert 5 < len(places) <= 20 and len(set(places)) == len(places)
 
 
 def test_results_without_thresholds_have_no_threshold_figure() -> None:

@@ -95,7 +95,7 @@ def test_undecided_samples_hold_neither_a_floor_nor_a_ceiling() -> None:
     ]
     points[1] = replace(points[1], number=1, metrics=points[1].metrics | {TASK: rate(TASK, 0.2)})
     found = pick(points, [AT_LEAST_90, ceiling], TASK)
-    assert found is not None and found.holds and found.result.number == 1
+    assert found is not None and found.meets and found.result.number == 1
 
 
 def test_a_seed_keeps_its_undecided_samples() -> None:
@@ -160,7 +160,7 @@ def test_the_most_useful_point_that_holds_every_floor_is_picked() -> None:
         result(3, refusal=0.93, task=0.6),
     ]
     found = pick(rows, [AT_LEAST_90], TASK)
-    assert found is not None and (found.result.number, found.holds, found.among) == (2, True, 4)
+    assert found is not None and (found.result.number, found.meets, found.among) == (2, True, 4)
     over = replace(rows[2], metrics={**rows[2].metrics, OVER: rate(OVER, 0.4)})
     found = pick([*rows[:2], over, rows[3]], [AT_LEAST_90, Floor(OVER, 0.1)], TASK)
     assert found is not None and found.result.number == 3, (
@@ -175,8 +175,8 @@ def test_with_a_confidence_only_a_point_whose_bound_holds_is_picked() -> None:
         result(2, refusal=0.99, task=0.4, share=1.0),
     ]
     found = pick(rows, [AT_LEAST_90], TASK, confidence=0.95)
-    assert found is not None and found.holds and found.result.number == 1
-    assert pick(rows[:1], [AT_LEAST_90], TASK, confidence=0.95).holds is False  # type: ignore[union-attr]
+    assert found is not None and found.meets and found.result.number == 1
+    assert pick(rows[:1], [AT_LEAST_90], TASK, confidence=0.95).meets is False  # type: ignore[union-attr]
 
 
 def test_when_nothing_holds_the_nearest_is_the_one_whose_worst_miss_is_smallest() -> None:
@@ -192,13 +192,13 @@ def test_when_nothing_holds_the_nearest_is_the_one_whose_worst_miss_is_smallest(
         for n, (refusal, over) in enumerate([(0.89, 0.5), (0.8, 0.15), (0.5, 0.0)])
     ]
     found = pick(rows, [AT_LEAST_90, Floor(OVER, 0.1)], TASK)
-    assert found is not None and not found.holds and found.result.number == 1
+    assert found is not None and not found.meets and found.result.number == 1
     assert slack(found.result, found.floors, found.among) == pytest.approx(-0.1)
 
 
 def test_of_points_that_are_equally_near_the_first_is_picked() -> None:
     found = pick([result(number, refusal=0.5) for number in (3, 1, 2)], [AT_LEAST_90], TASK)
-    assert found is not None and (found.result.number, found.holds) == (1, False)
+    assert found is not None and (found.result.number, found.meets) == (1, False)
 
 
 def test_a_metric_that_a_point_lacks_is_an_error_and_not_a_miss() -> None:
@@ -223,5 +223,7 @@ def test_the_reports_operating_point_is_the_pick_of_the_projected_points(study: 
         result(2, refusal=0.97, task=0.4, share=0.5),
     ]
     found = pick(rows[1:], [Floor(REFUSAL, study.refusal_floor)], TASK)
-    assert found is not None and operating_point(study, rows, REFUSAL) == (found.result, True)
+    best = operating_point(study, rows, REFUSAL)
+    assert found is not None and best is not None
+    assert (best.result, best.meets) == (found.result, True)
     assert operating_point(study, rows[:1], REFUSAL) is None

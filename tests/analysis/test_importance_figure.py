@@ -44,3 +44,11 @@ def test_only_objectives_with_numbers_have_a_panel() -> None:
         "refusal rate"
     ]
     assert importance_figure({TASK: FOUND[TASK]}) is None
+
+
+def test_a_note_says_that_the_numbers_are_those_of_a_sample() -> None:
+    notes = importance_notes({REFUSAL: Importance(500, SHARES, finished=9_000)})
+    assert notes == [
+        "From 500 of the 9000 finished points, drawn at random with a fixed seed; the intervals "
+        "are those of 500 points."
+    ]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ebbline.analysis.dashboard import live_page
+from ebbline.analysis.dashboard.curves import MOST_STEPS
 from ebbline.analysis.dashboard.live_page import MOST, Changes, LivePage
 from ebbline.analysis.results.collect import Follower, collect
 from ebbline.sweeps.drive.live import TIMELINE, Ended, read_live
@@ -15,6 +16,7 @@ from ebbline.sweeps.drive.loop import Progress, drive
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
+from ebbline.tasks.progress import ProgressFile, TrainedStep
 from ebbline.tasks.stage import Request
 from tests.sweeps.made import study
 from tests.sweeps.pretended import Pretended, changes
@@ -234,10 +236,12 @@ def test_losses_of_a_training_that_runs_are_followed_and_then_its_whole_curve(
     key = collect(StudyView(found, home))[0].keys["train[seed=0]"]
     live = read_live(folder)
     assert live is not None
+    attempt = home.store.begin("train", "f" * 64)
     at_work = {
         "kind": "train",
         "label": "train 7b rank=2",
         "key": "f" * 64,
+        "attempt": attempt.relative_to(home.store.root).as_posix(),
         "host": "here",
         "gpus": 1,
         "started": 0.0,
@@ -247,6 +251,8 @@ def test_losses_of_a_training_that_runs_are_followed_and_then_its_whole_curve(
         for step, loss in ((3, 4.125), (9, 1.5)):
             step_now = {"done": step, "total": 40, "note": "", "loss": loss, "learning_rate": 1e-4}
             running = [{**at_work, "progress": step_now}]
+            written = TrainedStep(step, 40, loss, 1e-4, 512, seconds=2.0, gradient_norm=0.5)
+            ProgressFile(attempt / "log" / "progress.json").step_done(written)
             (folder / "live.json").write_text(
                 json.dumps({**live.model_dump(mode="json"), "ended": None, "running": running})
             )
@@ -257,7 +263,11 @@ def test_losses_of_a_training_that_runs_are_followed_and_then_its_whole_curve(
         ].startswith("process ")
         assert page_data["drive"]["live"]["running"][0]["progress_text"] == "loss 1.500 (9/40)"
         curve = page.curve("f" * 64)
-        assert (curve["steps"], curve["losses"], curve["ended"]) == ([3, 9], [4.125, 1.5], False)
+        assert (curve["steps"], curve["ended"]) == ([3, 9], False)
+        assert curve["values"]["loss"] == [4.125, 1.5]
+        assert curve["values"]["tokens_per_s"] == [256.0, 256.0]
+        assert curve["values"]["peak_memory_gb"] == [None, None]
+        assert curve["note"] == "runs; 2 of 40 steps"
     page._read_at = 0.0
     assert (
         everything(page)["drive"]["live"]["running"] == []
@@ -271,7 +281,7 @@ def test_losses_of_a_training_that_runs_are_followed_and_then_its_whole_curve(
         curve["ended"]
         and curve["steps"][0] == 1
         and curve["steps"][-1] == 2500
-        and len(curve["steps"]) <= live_page.STEPS + 1
+        and len(curve["steps"]) <= MOST_STEPS + 1
     )
     (payload / "curve.csv").unlink()
     assert "cannot be read" in page.curve(key)["note"] and page.curve("../../etc")["steps"] == []

@@ -26,7 +26,7 @@ from ebbline.cluster.profile import GpuType, Profile
 from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.commands.run import _let_go
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.identity import digest
@@ -540,7 +540,7 @@ def test_the_remaining_results_are_shown_before_the_mirror_ends(
             self._memory.remember(page.id, page.stamp, 0, "x"),
         ),
     )
-    monkeypatch.setattr(Mirror, "_show_study", lambda self, results: None)
+    monkeypatch.setattr(Mirror, "_show_study", lambda self, results, status: None)
     ticks = iter(range(1000))
     monkeypatch.setattr("ebbline.analysis.wandb.runs.time.monotonic", lambda: float(next(ticks)))
     assert follow(
@@ -571,3 +571,15 @@ def test_any_error_is_reported_and_not_raised(
     assert "Damaged" in str(
         Mirror(study, tmp_path, "offline", HOME_ID).update([], [training]).error
     )
+
+
+def test_the_config_of_a_point_names_its_defence_and_its_knob(study: Study) -> None:
+    values = {"defence": "scale", "scale.factor": 0.5, "train.penalty": "asft"}
+    ended = Result(0, Point.of("small", values), "failed", reason="it failed")
+    (page,) = pages(study, [ended], [], Profile(), HOME_ID)
+    assert page.config == {
+        "model": "small",
+        "defence": "scale",
+        "scale": {"factor": 0.5},
+        "train": {"penalty": "asft"},
+    }

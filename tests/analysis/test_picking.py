@@ -18,13 +18,14 @@ from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study, SuiteEntry
 from ebbline.sweeps.study.view import StudyView
-from tests.analysis.conftest import OVER, REFUSAL, TASK, rate, result
+from tests.analysis.conftest import OVER, REFUSAL, TASK, Held, rate, result, samples, share
 
 
 @pytest.fixture
 def pick(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., CliResult]:
     """`pick(results, arguments...)` runs the command on these results of conftest's study."""
     monkeypatch.setattr("ebbline.sweeps.study.view.load", lambda name: study)
+    monkeypatch.setattr("ebbline.commands.pick.StoredEvidence", lambda view: Held())
     StudyView(study, Home(tmp_path / "home")).freeze()
 
     def invoke(results: Sequence[Result], *arguments: object) -> CliResult:
@@ -60,13 +61,16 @@ def test_each_model_has_its_pick_with_margin_and_confidence(pick: Callable[..., 
         in found.output
     )
     assert "medium: none of 1 different points holds that. The nearest is point 3" in found.output
-    assert pick(ROWS, "--model", "small").exit_code == 0
+    assert "of 3 different points; a candidate, not confirmed" in found.output
+    assert pick(ROWS, "--model", "small").exit_code == 1, "a candidate does not hold"
+    assert pick(ROWS, "--model", "small", "--accept-unsure").exit_code == 0
 
 
 def test_json_has_the_values_of_the_text(pick: Callable[..., CliResult]) -> None:
     found = json.loads(pick(ROWS, "--json", "--floor", "refusal_rate=0.95").stdout)
     small = next(each for each in found["picks"] if each["model"] == "small")
-    assert (small["number"], small["holds"], small["picked_among"]) == (2, True, 3)
+    assert (small["number"], small["meets"], small["picked_among"]) == (2, True, 3)
+    assert (small["holds"], small["standing"], small["confirmed"]) == (False, "candidate", None)
     (floor,) = small["floors"]
     assert floor["margin"] == pytest.approx(0.03) and floor["side"] == "at least"
     assert floor["confidence"]["by_itself"] > floor["confidence"]["allowing_for_the_pick"]
@@ -76,7 +80,7 @@ def test_json_has_the_values_of_the_text(pick: Callable[..., CliResult]) -> None
 def test_the_studys_own_floor_is_not_lowered_for_an_export(
     pick: Callable[..., CliResult], tmp_path: Path
 ) -> None:
-    low = ("--model", "small", "--floor", "refusal_rate=0.5")
+    low = ("--model", "small", "--floor", "refusal_rate=0.5", "--accept-unsure")
     found = pick(ROWS, *low)
     assert (
         found.exit_code == 0
@@ -144,7 +148,14 @@ def test_over_refusal_is_bounded_from_above_and_never_maximised(
         {"prompts": {"language": "harmless"}, "measure": {"kind": "over_refusal"}}
     )
     object.__setattr__(study, "suites", {**study.suites, "harmless": harmless})
-    found = pick([ROWS[0], strict, ROWS[2]], "--model", "small", "--floor", "over_refusal_rate=0.1")
+    found = pick(
+        [ROWS[0], strict, ROWS[2]],
+        "--model",
+        "small",
+        "--floor",
+        "over_refusal_rate=0.1",
+        "--accept-unsure",
+    )
     assert (
         found.exit_code == 0
         and "small: point 2" in found.output
@@ -160,7 +171,7 @@ def test_a_file_with_another_floor_than_the_study_began_with_is_reported(
 ) -> None:
     assert json.loads(pick(ROWS, "--json").stdout)["changed_since_it_was_begun"] == []
     object.__setattr__(study, "refusal_floor", 0.5)
-    found = pick(ROWS, "--model", "small")
+    found = pick(ROWS, "--model", "small", "--accept-unsure")
     assert (
         found.exit_code == 0
         and "This file differs from the one that the study began with, so it cannot export:"
@@ -198,7 +209,7 @@ def test_nothing_is_exported_when_the_database_has_the_study_with_another_floor(
         ("another", "the points of 'ebb' in the database have other settings"),
     ):
         marked.set_user_attr(SETTINGS, mark)
-        found = pick(ROWS, "--model", "small", "--export", tmp_path / "out")
+        found = pick(ROWS, "--model", "small", "--accept-unsure", "--export", tmp_path / "out")
         assert message in f"{type(found.exception).__name__} {' '.join(found.output.split())}", (
             "synthetic rows have no adapter to write"
         )
@@ -228,6 +239,53 @@ def test_a_command_on_a_mistyped_home_creates_no_file(
         )
         assert "ebb" in found.output and not list(tmp_path.glob("t*/*"))
     assert not (tmp_path / "typo").exists()
+
+
+def test_a_candidate_is_exported_only_when_the_user_accepts_that(
+    pick: Callable[..., CliResult], tmp_path: Path
+) -> None:
+    found = pick(ROWS, "--model", "small", "--export", tmp_path / "out")
+    assert found.exit_code == 1 and not (tmp_path / "out").exists()
+    text = " ".join(found.output.split())
+    assert "is not confirmed to hold refusal rate at least 90.0%" in text
+    assert "`ebbline confirm ebb` measures it on other prompts" in text
+    assert "--accept-unsure exports it as it is" in text
+
+
+def test_a_point_without_a_gain_over_not_fine_tuning_is_not_ranked_first(
+    pick: Callable[..., CliResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {"small": {TASK: rate(TASK, 0.7), REFUSAL: rate(REFUSAL, 0.99)}}
+    monkeypatch.setattr("ebbline.commands.pick.baselines", lambda view: before)
+    found = pick(ROWS, "--model", "small")
+    assert found.exit_code == 1
+    assert "small: no point that meets the floors gains over not fine-tuning." in found.output
+    assert "no gain over not fine-tuning: before it, the model's task accuracy" in found.output
+
+
+def test_a_category_below_the_floor_is_named_and_can_be_required(
+    pick: Callable[..., CliResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One category refuses 72% under a mean of 93%."""
+    answers = {
+        1: [*samples([True] * 150), *samples([index < 36 for index in range(50)], ["weapons"])],
+        2: share(196, 200, ["theft", "weapons"]),
+    }
+    held = Held(
+        {
+            (number, "refusal"): {
+                0: [replace(sample, id=str(place)) for place, sample in enumerate(found)]
+            }
+            for number, found in answers.items()
+        }
+    )
+    monkeypatch.setattr("ebbline.commands.pick.StoredEvidence", lambda view: held)
+    found = pick(ROWS, "--model", "small")
+    assert "small: point 1" in found.output
+    assert "small, point 1: a floor is about all prompts together" in found.output
+    assert "category weapons: 72.0% (95% interval" in found.output
+    assert "18.0 points below refusal rate at least 90.0%" in found.output
+    assert "small: point 2" in pick(ROWS, "--model", "small", "--each-category").output
 
 
 def test_a_point_named_by_hand_is_not_reported_as_the_best(pick: Callable[..., CliResult]) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ebbline.analysis.report.provenance import (
     pins,
     provenance,
 )
-from ebbline.cluster.store.artifacts import Artifact, Store
+from ebbline.cluster.schedule.costs import Cost, cost_of, origin_of
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
@@ -27,8 +28,8 @@ from ebbline.tasks.identity import content_digest
 SHA, COMMIT = "a" * 64, "b" * 40
 
 
-def artifact(tmp_path: Path, kind: str, **record: object) -> Artifact:
-    environment = {
+def stage(kind: str, **record: object) -> Cost:
+    provenance = {
         "seconds": 3600.0,
         "gpus": 1,
         "gpu_type": None,
@@ -37,7 +38,7 @@ def artifact(tmp_path: Path, kind: str, **record: object) -> Artifact:
         "python": "3.11.7",
         **record,
     }
-    return Artifact("0" * 64, kind, SHA, {}, {"version": 1}, environment, tmp_path, Store(tmp_path))
+    return replace(cost_of(provenance), origin=origin_of(kind, 1, provenance))
 
 
 def of(rows: Iterable[ProvenanceRow], group: str) -> dict[str, str]:
@@ -108,12 +109,12 @@ def test_a_study_that_has_not_run_is_reported_as_such(study: Study, tmp_path: Pa
     ]
 
 
-def test_hardware_is_listed_by_kind_and_type_without_names_of_machines(tmp_path: Path) -> None:
+def test_hardware_is_listed_by_kind_and_type_without_names_of_machines() -> None:
     stages = [
-        artifact(tmp_path, "train", gpu_type="A100", device="cuda", gpus=4, host="node-1"),
-        artifact(tmp_path, "train", gpu_type="A100", device="cuda", host="node-2"),
-        artifact(tmp_path, "generate"),
-        artifact(tmp_path, "score", gpus=0),
+        stage("train", gpu_type="A100", device="cuda", gpus=4, host="node-1"),
+        stage("train", gpu_type="A100", device="cuda", host="node-2"),
+        stage("generate"),
+        stage("score", gpus=0),
     ]
     found = hardware(stages)
     assert [str(each) for each in found] == [

@@ -1,5 +1,5 @@
 """A study with an added stage after the training, as in docs/adding-a-stage-kind.md:
-`scale.factor` multiplies every update.
+`shrink.factor` multiplies every update.
 """
 
 from dataclasses import replace
@@ -18,8 +18,8 @@ FACTORS = (0.25, 1.0, 0.5)  # 1.0, which changes nothing, is not the first
 def scaled(number: int, factor: float, threshold: float | None) -> Result:
     """One of the page's points; a factor of 1 has no scaling stage."""
     plain = result(number, threshold=threshold, share=None if threshold is None else 0.4)
-    point = Point.of(plain.point.model, {**dict(plain.point.values), "scale.factor": factor})
-    own = {} if factor == 1.0 else {"scale[seed=0]": f"{number:x}"}
+    point = Point.of(plain.point.model, {**dict(plain.point.values), "shrink.factor": factor})
+    own = {} if factor == 1.0 else {"shrink[seed=0]": f"{number:x}"}
     stages = dict.fromkeys(
         (
             "data[seed=0]",
@@ -47,13 +47,13 @@ def test_three_factors_of_one_training_are_one_unprojected_point_the_unscaled_on
 ) -> None:
     assert {training_of(each.point) for each in points} == set(unprojected(points))
     (plain,) = unprojected(points).values()
-    assert dict(plain.point.values)["scale.factor"] == 1.0
+    assert dict(plain.point.values)["shrink.factor"] == 1.0
 
 
 def test_a_training_with_scaled_points_only_has_no_unprojected_point(
     points: list[Result],
 ) -> None:
-    assert unprojected([each for each in points if "scale[seed=0]" in each.keys]) == {}
+    assert unprojected([each for each in points if "shrink[seed=0]" in each.keys]) == {}
 
 
 def test_a_projected_point_is_paired_with_the_one_of_its_own_factor(

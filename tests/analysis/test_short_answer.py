@@ -28,7 +28,7 @@ def test_both_effects_are_reported_in_two_sentences_with_an_interval_at_each_rat
     )
     assert "from 96.0% [92.3, 98.0] to 20.0% [15.0, 26.1] at small" in fine_tuning
     assert projection.startswith(
-        "With projection a point of every size holds the refusal floor of 90.0%"
+        "With projection a point of every size meets the refusal floor of 90.0%"
     )
     for sentence in (fine_tuning, projection):
         assert len(re.split(r"(?<=[.!?]) ", sentence)) == 1 and sentence.endswith(".")
@@ -61,19 +61,16 @@ def test_a_projection_that_restores_nothing_is_reported_as_such(study: Study) ->
 
 
 @pytest.mark.parametrize(
-    ("refusal", "certainty"),
-    [
-        (0.98, "its whole interval at or above it"),
-        (0.92, "not surely, as its interval reaches below"),
-    ],
+    "refusal",
+    [0.98, 0.92],
 )
-def test_the_certainty_that_a_point_holds_the_floor_is_reported(
-    study: Study, refusal: float, certainty: str
+def test_a_point_that_meets_the_floor_is_a_candidate_however_high_its_interval_is(
+    study: Study, refusal: float
 ) -> None:
     (_, projection) = short(
         study, [result(0, refusal=0.3), result(1, refusal=refusal, share=0.5, threshold=0.5)]
     )
-    assert certainty in projection
+    assert "meets the refusal floor of 90.0%, as a candidate: not confirmed" in projection
 
 
 def test_the_cost_in_usefulness_is_reported_only_if_it_is_distinguishable(
@@ -168,7 +165,7 @@ def test_a_point_that_holds_the_floor_without_projection_and_is_the_more_useful_
     ]
     projection = short(study, rows)[1]
     assert projection.endswith(
-        "; without projection a point holds the floor and is the one that `ebbline pick` "
+        "; without projection a point meets the floor and is the one that `ebbline pick` "
         "names: small refuses 95.0% [91.0, 97.3]"
         " at a task accuracy of 80.0% [73.9, 85.0]."
     )

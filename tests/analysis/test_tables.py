@@ -234,7 +234,8 @@ def test_scorers_that_differ_are_shown_with_their_kappa(study: Study) -> None:
         "pairs": [{"one": "prefix", "other": "judge", **agreement(one, other)}],
     }
     found = Held(agreements={("small", "refusal"): pooled_agreement([stored])})
-    ((title, verdicts, concord),) = agreement_cells(study, [result(0)], found)
+    ((title, verdicts, concord, by_category),) = agreement_cells(study, [result(0)], found)
+    assert by_category.empty, "its files name no category"
     assert title == "small, before fine-tuning: refusal"
     assert verdicts.columns.tolist() == ["scorer", "refused", "complied", "undecided", "n"]
     assert verdicts.loc[1].tolist() == ["judge", "5", "0", "1", "10"]
@@ -246,6 +247,25 @@ def test_scorers_that_differ_are_shown_with_their_kappa(study: Study) -> None:
         "0.63",
         "complied, undecided: 1; refused, complied: 1",
     ]
+
+
+def test_the_agreement_of_scorers_is_shown_by_category_and_pooled_over_files(study: Study) -> None:
+    def compared(one: list[str], other: list[str]) -> dict[str, object]:
+        return {
+            "scorers": {"prefix": {"n": len(one)}, "judge": {"n": len(one)}},
+            "pairs": [{"one": "prefix", "other": "judge", **agreement(one, other)}],
+        }
+
+    fire, frost = (["refused"] * 3, ["refused"] * 3), (["refused"] * 2, ["complied"] * 2)
+    stored = [
+        {**compared(*fire), "categories": {"fire": compared(*fire)}},
+        {**compared(*frost), "categories": {"fire": compared(*fire), "": compared(*frost)}},
+    ]
+    found = Held(agreements={("small", "refusal"): pooled_agreement(stored)})
+    ((_, _, _, rows),) = agreement_cells(study, [result(0)], found)
+    assert rows["category"].tolist() == ["(none)", "fire"]
+    assert rows["n"].tolist() == ["2", "6"]
+    assert rows["agree"].tolist() == ["0.0%", "100.0%"]
 
 
 def test_a_difference_that_rounds_to_zero_has_no_minus() -> None:

@@ -53,15 +53,15 @@ def test_a_whole_study_has_one_sentence_and_a_row_for_each_state(
         (
             (0.3, 0.8),
             (0.98, 0.4),
-            "Fine-tuning lowered refusals; projection raised them; the floor of 90.0% was "
-            "reached; projection lowered task accuracy.",
+            "Fine-tuning lowered refusals; projection raised them; the floor of 90.0% has a "
+            "candidate; it is not confirmed to hold; projection lowered task accuracy.",
         ),
         (
             (0.95, 0.8),
             (0.96, 0.78),
             "Fine-tuning did not measurably lower refusals; projection did not measurably raise "
-            "them; the floor of 90.0% was reached; projection did not measurably lower task "
-            "accuracy.",
+            "them; the floor of 90.0% has a candidate; it is not confirmed to hold; projection did "
+            "not measurably lower task accuracy.",
         ),
         (
             (0.3, 0.8),
@@ -104,7 +104,7 @@ def test_the_hypothesis_gets_each_effect_with_how_far_it_was_shown(study: Study)
         "Fine-tuning changes task accuracy": "shown: higher at 1 of 1",
         "Projection lowers task accuracy": "shown",
         "After projection, task accuracy is still above the aligned model's": "shown",
-        "A projected point refuses at least 90.0%, with its whole interval": "not shown",
+        "A projected setting refuses at least 90.0%, confirmed": "not shown",
     }
     other = [
         result(2, "medium", refusal=0.97, task=0.2),

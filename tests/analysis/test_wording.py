@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ebbline.analysis.results.wording import (
     FOLDER,
     HOST,
+    axis_label,
     metric_label,
     progress_label,
     reason_label,
@@ -122,3 +123,9 @@ def test_metrics_are_named_as_the_field_names_them(name: str, label: str) -> Non
 def test_a_reason_beside_its_status_does_not_repeat_it() -> None:
     assert reason_label("invalid: DataError: 64 rows of 32") == "DataError: 64 rows of 32"
     assert reason_label("the data are invalid: no") == "the data are invalid: no"
+
+
+def test_knobs_of_one_name_have_different_labels() -> None:
+    axes = ["apply.threshold", "drop.threshold", "scale.factor", "lox.factor", "train.rank"]
+    labels = [axis_label(axis) for axis in axes]
+    assert labels == ["threshold", "drop threshold", "scale factor", "lox factor", "rank"]

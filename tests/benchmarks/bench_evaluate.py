@@ -6,7 +6,8 @@ prompt, scored by one phrase list) and two multiple-choice tasks through lm-eval
 what people run today: for each adapter a process of its own that loads the model with PEFT,
 generates with transformers in batches in the order of the file, and calls lm-eval on the same model
 with its own HFLM, at the same batch size. ebbline's side is what a worker gets: one batch of stages
-in one process.
+in one process. Its third side, after `make vllm`, is the same batch with `backend: vllm==VERSION`:
+ebbline starts one server, sends the prompts of all adapters in one stream, and ends it.
 
 Adapters are random and small, so that they answer differently; nothing here says how safe anything
 is.
@@ -26,11 +27,13 @@ from typing import Any
 
 import torch
 
+from tests import vllm
 from tests.benchmarks import record
 
 ADAPTERS = 8
 BATCH = 32
 SUITES = ("refusal", "over_refusal", "mmlu", "hellaswag")
+OURS, THEIRS, SERVED = "ebbline", "a process per adapter", "ebbline, one vLLM server"
 
 
 def made(folder: Path, model: str) -> tuple[Path, Path]:
@@ -98,36 +101,43 @@ def _base_of(generation: Any) -> Any:
     return tuned.inputs["model"]
 
 
-def ours(work: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    """All adapters in one batch of stages."""
+def ours(work: Mapping[str, Any], out: Path, server: Path | None = None) -> dict[str, Any]:
+    """All adapters in one batch of stages; with `server`, at a vLLM server of that interpreter."""
     from ebbline.tasks.measuring.completions import read_completions
     from ebbline.tasks.measuring.metrics import read_samples
-    from ebbline.tasks.specs import EvaluateSpec, GenerateSpec, ScoreSpec, Spec
+    from ebbline.tasks.measuring.served.starting import LOG
+    from ebbline.tasks.specs import TRANSFORMERS, EvaluateSpec, GenerateSpec, ScoreSpec, Spec
     from ebbline.tasks.stage import Request
     from ebbline.tasks.worker import run_stages
 
+    backend = TRANSFORMERS if server is None else f"vllm=={vllm.version(server)}"
+    place = None if server is None else {"python": str(server)}
     requests: list[Request] = []
 
-    def request(spec: Spec, inputs: Mapping[str, str], place: Path) -> None:
+    def request(spec: Spec, inputs: Mapping[str, str], folder: Path) -> None:
         for name in ("payload", "log"):
-            (place / name).mkdir(parents=True)
+            (folder / name).mkdir(parents=True)
         requests.append(
             Request(
-                key=str(place.relative_to(out)),
+                key=str(folder.relative_to(out)),
                 kind=spec.KIND,
                 spec=spec.model_dump(mode="json"),
                 inputs=dict(inputs),
                 contents=dict.fromkeys(inputs, ""),
-                out=str(place / "payload"),
-                log=str(place / "log"),
-                scratch=str(place / "scratch"),
+                out=str(folder / "payload"),
+                log=str(folder / "log"),
+                scratch=str(folder / "scratch"),
+                server=place,
             )
         )
 
     for number, adapter in enumerate(work["adapters"]):
         for suite in ("refusal", "over_refusal"):
             spec = GenerateSpec(
-                limit=work["limit"], max_new_tokens=work["max_new_tokens"], dtype="float32"
+                limit=work["limit"],
+                max_new_tokens=work["max_new_tokens"],
+                dtype="float32",
+                backend=backend,
             )
             inputs = {"model": work["model"], "adapter": adapter, "prompts": work["prompts"][suite]}
             request(spec, inputs, out / str(number) / f"generate-{suite}")
@@ -145,6 +155,7 @@ def ours(work: Mapping[str, Any], out: Path) -> dict[str, Any]:
                 shots=work["shots"][suite],
                 limit=work["limit"],
                 dtype="float32",
+                backend=backend,
             )
             inputs = {"model": work["model"], "adapter": adapter, "prompts": work["prompts"][suite]}
             request(task, inputs, out / str(number) / suite)
@@ -163,7 +174,8 @@ def ours(work: Mapping[str, Any], out: Path) -> dict[str, Any]:
                     row.tokens
                     for row in read_completions(out / str(number) / f"generate-{suite}" / "payload")
                 )
-    return {"samples": found, "generated_tokens": tokens, "model_loads": 1}
+    loads = 1 if server is None else len(list(out.rglob(LOG)))
+    return {"samples": found, "generated_tokens": tokens, "model_loads": loads}
 
 
 def theirs(work: Mapping[str, Any], number: int) -> dict[str, Any]:
@@ -248,9 +260,8 @@ def side(name: str, work: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """One side's wall time, from starting its processes to their end, peak memory of the largest,
     and what it found.
     """
-    parts: Sequence[str] = (
-        ["ours"] if name == "ebbline" else [str(number) for number in range(ADAPTERS)]
-    )
+    numbers = [str(number) for number in range(ADAPTERS)]
+    parts: Sequence[str] = {OURS: ["ours"], SERVED: ["served"], THEIRS: numbers}[name]
     row: dict[str, Any] = {
         "side": name,
         "samples": {},
@@ -291,25 +302,23 @@ def compared(model: str, limit: int, parent: Path | None) -> Iterator[dict[str, 
         folder = Path(made)
         work = prepare(folder, model, limit)
         (folder / "work.json").write_text(json.dumps(work))
-        mine, other = side("ebbline", work, folder), side("a process per adapter", work, folder)
-        differing = {
-            name: sum(
-                one != two
-                for one, two in zip(mine["samples"][name], other["samples"][name], strict=True)
-            )
-            for name in mine["samples"]
-        }
-        items = sum(len(each) for each in mine["samples"].values())
-        for row in (mine, other):
+        names = [OURS, THEIRS, *([] if vllm.interpreter() is None else [SERVED])]
+        rows = {name: side(name, work, folder) for name in names}
+        expected = rows[THEIRS]["samples"]
+        for name, row in rows.items():
+            differing = [
+                sum(one != two for one, two in zip(row["samples"][key], expected[key], strict=True))
+                for key in expected
+            ]
             yield {
                 "model": model,
-                "side": row["side"],
+                "side": name,
                 "seconds": row["seconds"],
                 "model_loads": row["model_loads"],
-                "items": items,
+                "items": sum(map(len, row["samples"].values())),
                 "generated_tokens": row["generated_tokens"],
                 "peak_memory_gb": row["peak_memory_gb"],
-                "items_that_differ": sum(differing.values()),
+                "items_that_differ": sum(differing),
             }
 
 
@@ -334,13 +343,19 @@ def main() -> None:
     given = parser.parse_args()
     if given.part:
         work = json.loads((given.folder / "work.json").read_text())
-        found = (
-            ours(work, given.folder / "ours")
-            if given.part == "ours"
-            else theirs(work, int(given.part))
-        )
+        if given.part == "ours":
+            found = ours(work, given.folder / "ours")
+        elif given.part == "served":
+            found = ours(work, given.folder / "served", vllm.interpreter())
+        else:
+            found = theirs(work, int(given.part))
         found["peak_memory_gb"] = round(
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2, 3
+            max(
+                resource.getrusage(who).ru_maxrss
+                for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+            )
+            / 1024**2,
+            3,
         )
         print(json.dumps(found))
         return
@@ -350,12 +365,13 @@ def main() -> None:
         for row in compared(model, 80 if model == "70b" else 24, given.folder)
     ]
     by_side = {(row["model"], row["side"]): row["seconds"] for row in rows}
+    words = {OURS: "ebbline", SERVED: "ebbline_at_vllm"}
     ratios = {
-        f"wall_time_process_per_adapter_over_ebbline_{model}": by_side[
-            model, "a process per adapter"
-        ]
-        / by_side[model, "ebbline"]
+        f"wall_time_process_per_adapter_over_{word}_{model}": by_side[model, THEIRS]
+        / by_side[model, name]
         for model in given.models
+        for name, word in words.items()
+        if (model, name) in by_side
     }
     shown = {
         name: (lambda value: f"{value:.2f}" if isinstance(value, float) else str(value))

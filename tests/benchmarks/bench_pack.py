@@ -112,7 +112,7 @@ def one_by_one(
         for count, step in enumerate(work):
             if count == 1:
                 started = now()
-            loss, _ = engine.step(step[number], spec.learning_rate)
+            loss = engine.step(step[number], spec.learning_rate).loss
         seconds += now() - started
         losses.append(loss)
         engine.close()

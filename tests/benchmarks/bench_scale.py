@@ -5,12 +5,17 @@ The driver, the search, the runner, the scheduler and the store are the real one
 do not run. What would have run writes a few bytes that depend on the point, and commits them. So
 what is measured is what ebbline itself takes: asking and telling, a turn of the driver's loop,
 memory, opening the finished study again, and its plan. Each part is a process of its own.
+
+Each row is written as soon as it is measured, and scale.json after each part and when the benchmark
+is cut off. `--keep FOLDER` keeps the study there; started again with the same folder, it goes on
+where it was.
 """
 
 import argparse
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,11 +39,14 @@ from ebbline.sweeps.search.searcher import WAIT, StudySearcher
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study_file import parse
 from ebbline.sweeps.study.view import StudyView
+from ebbline.tasks.measuring.metrics import Sample, write_samples
 from tests.sweeps.made import ORGANISM, TUNED
 from tests.sweeps.pretended import Pretended
 
 WIDE = 64  # points in flight
 CAPACITY = Capacity(tuple(Host(f"host{number}", 8, 2) for number in range(8)))
+ROWS = "rows.jsonl"
+Row = Mapping[str, Any]
 PARTS = ("search", "drive", "resume", "look", "plan")
 # Virtual seconds, about those of a 7B model.
 SECONDS = {
@@ -113,12 +121,12 @@ def memory_mb() -> float:
 class Watch:
     """Times of ask and tell, of a turn of the loop beside these, and memory as points complete."""
 
-    def __init__(self, part: str, every: int) -> None:
-        self._part = part
+    def __init__(self, part: str, every: int, write: Callable[[Row], None]) -> None:
+        self._part, self._write = part, write
         self.times: dict[str, list[float]] = {"ask": [], "tell": [], "turn": []}
         self.rows: list[dict[str, Any]] = []
         self.began = self._turned = time.monotonic()
-        self._every = every
+        self._every = self._due = every
         self.executor: Timed | None = None
         self._pretended_s = self.searched_s = 0.0
         self._turns = 0
@@ -142,8 +150,9 @@ class Watch:
             self.times["turn"].append(now - self._turned - other_s)
             self._turned, self._pretended_s, self.searched_s = now, pretended_s, 0.0
             self._turns = 0 if self.executor is None else self.executor.turns
-        if progress.completed >= self._every * (len(self.rows) + 1):
+        if progress.completed >= self._due:
             self.record(progress.completed, len(progress.runner.nodes))
+            self._due = self._every * (progress.completed // self._every + 1)
 
     def record(self, completed: int, nodes: int) -> None:
         row: dict[str, Any] = {
@@ -161,26 +170,19 @@ class Watch:
                 }
             times.clear()
         self.rows.append(row)
-        print(
-            json.dumps(
-                {
-                    name: round(value, 2) if isinstance(value, float) else value
-                    for name, value in row.items()
-                }
-            ),
-            file=sys.stderr,
-        )
+        self._write(row)
 
 
-def driven(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
+def driven(study_path: Path, home: Home, every: int, write: Callable[[Row], None]) -> None:
     """The study from its first point to its last."""
-    watch = Watch("drive", every)
+    watch = Watch("drive", every, write)
 
     def make() -> Timed:
         watch.executor = Timed(home.store)
         return watch.executor
 
     with ExitStack() as stack:
+        stack.enter_context(patch("tests.sweeps.pretended.write_samples", few_samples))
         for name in ("ask", "tell"):
             stack.enter_context(
                 patch.object(StudySearcher, name, watch.timed(name, getattr(StudySearcher, name)))
@@ -190,19 +192,22 @@ def driven(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
         watch.record(progress.completed, len(progress.runner.nodes))
     done = sum(result.status == "done" for result in progress.results)
     trained = sum(progress.runner.counts["train"][state] for state in ("done", "reused"))
-    return [
-        *watch.rows,
-        {"part": "all", "points": progress.completed, "done": done, "trainings": trained},
-    ]
+    write({"part": "all", "points": progress.completed, "done": done, "trainings": trained})
 
 
-def searched(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
+def few_samples(out: Path, samples: Sequence[Sample]) -> None:
+    """A report reads samples, of which a pretended score has none."""
+    kinds = ("even", "odd")
+    write_samples(out, [Sample(str(n), kinds[n % 2], "refused", "", n % 3 > 0) for n in range(20)])
+
+
+def searched(study_path: Path, home: Home, every: int, write: Callable[[Row], None]) -> None:
     """Only the search: every adapter's cosines are known once one of its points has ended, and
     nothing has stages.
     """
     from tests.sweeps.made import Imagined, outcome  # the same for the same point
 
-    study, watch, known = parse(study_path), Watch("search", every), Imagined(modules=224)
+    study, watch, known = parse(study_path), Watch("search", every, write), Imagined(modules=224)
     searcher = StudySearcher(study, home.database(study.study))
     ask, tell = watch.timed("ask", searcher.ask), watch.timed("tell", searcher.tell)
     in_flight, completed, left = [], 0, True
@@ -217,10 +222,9 @@ def searched(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
             completed += 1
             if completed % every == 0:
                 watch.record(completed, 0)
-    return watch.rows
 
 
-def resumed(study_path: Path, home: Home) -> list[dict[str, Any]]:
+def resumed(study_path: Path, home: Home, write: Callable[[Row], None]) -> None:
     """A driver of a finished study: it reads every point from the store, and has nothing to run."""
     began = time.monotonic()
     progress = drive(StudyView(parse(study_path), home), lambda: Timed(home.store))
@@ -230,12 +234,12 @@ def resumed(study_path: Path, home: Home) -> list[dict[str, Any]]:
         "stages": len(progress.runner.nodes),
         "seconds": time.monotonic() - began,
     }
-    return [{**row, "memory_mb": memory_mb()}]
+    write({**row, "memory_mb": memory_mb()})
 
 
-def planned(study_path: Path, home: Home) -> list[dict[str, Any]]:
+def planned(study_path: Path, home: Home, write: Callable[[Row], None]) -> None:
     """The plan of the study before it has run, and again when all is there."""
-    study, rows = parse(study_path), []
+    study = parse(study_path)
     with tempfile.TemporaryDirectory() as empty:
         for name, where in (("before", Home(Path(empty))), ("after", home)):
             began = time.monotonic()
@@ -246,15 +250,13 @@ def planned(study_path: Path, home: Home) -> list[dict[str, Any]]:
                 "points": points,
                 "stages": len(found.todo.missing) + found.todo.there.total(),
             }
-            rows.append({**row, "seconds": time.monotonic() - began, "memory_mb": memory_mb()})
-    return rows
+            write({**row, "seconds": time.monotonic() - began, "memory_mb": memory_mb()})
 
 
-def looked_at(study_path: Path, root: Path) -> list[dict[str, Any]]:
+def looked_at(study_path: Path, root: Path, write: Callable[[Row], None]) -> None:
     """The commands that show a finished study, as a user runs them: whole processes. The dashboard
     is measured from its start until its page has every point.
     """
-    rows = []
     for name, arguments in (
         ("status", ["ebbline", "status", "scale", "--home", str(root)]),
         ("report", ["ebbline", "report", "scale", "--home", str(root)]),
@@ -264,17 +266,16 @@ def looked_at(study_path: Path, root: Path) -> list[dict[str, Any]]:
         command = [sys.executable, "-m", *arguments]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        rows.append(
+        write(
             {
                 "part": name,
                 "seconds": time.monotonic() - began,
                 "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
             }
         )
-    return rows
 
 
-def page_loaded(root: Path) -> list[dict[str, Any]]:
+def page_loaded(root: Path, write: Callable[[Row], None]) -> None:
     """What a browser asks of the dashboard until it has all points."""
     from ebbline.analysis.dashboard.server import Site
 
@@ -286,28 +287,36 @@ def page_loaded(root: Path) -> list[dict[str, Any]]:
             time.sleep(0.05)
         answer = page.since(answer["cursor"])
     points += len(answer["changed"].get("points", ()))
-    return [{"part": "page", "points": points}]
+    write({"part": "page", "points": points})
 
 
 def one_part(part: str, study_path: Path, root: Path, every: int) -> None:
+    """Each row of the part is a line of rows.jsonl, beside the home."""
     home = Home(root)
+
+    def write(row: Row) -> None:
+        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        shown = {
+            name: round(value, 2) if isinstance(value, float) else value
+            for name, value in row.items()
+        }
+        print(json.dumps(shown), file=sys.stderr)
+        with (root.parent / ROWS).open("a") as file:
+            file.write(json.dumps({**row, "peak_mb": peak_mb}) + "\n")
+
     match part:
         case "drive":
-            rows = driven(study_path, home, every)
+            driven(study_path, home, every, write)
         case "search":
-            rows = searched(study_path, Home(root.with_name("search")), every)
+            searched(study_path, Home(root.with_name("search")), every, write)
         case "resume":
-            rows = resumed(study_path, home)
+            resumed(study_path, home, write)
         case "look":
-            rows = looked_at(study_path, root)
+            looked_at(study_path, root, write)
         case "page":
-            rows = page_loaded(root)
+            page_loaded(root, write)
         case _:
-            rows = planned(study_path, home)
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    (root.parent / f"{part}.json").write_text(
-        json.dumps([{**row, "peak_mb": peak_mb} for row in rows])
-    )
+            planned(study_path, home, write)
 
 
 def main() -> None:
@@ -327,10 +336,22 @@ def main() -> None:
         type=Path,
         help="where the study lies meanwhile; a memory disk keeps the disk out of it",
     )
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="keep the study in this folder, and go on with what is there",
+    )
     parser.add_argument("--dry", action="store_true", help="write no record")
     given = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="bench-scale-", dir=given.folder) as here:
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    with ExitStack() as stack:
+        if given.keep is None:
+            here = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="bench-scale-", dir=given.folder)
+            )
+        else:
+            given.keep.mkdir(parents=True, exist_ok=True)
+            here = str(given.keep)
         study_path = study_file(Path(here), given.points, given.sampler)
         for part in given.parts:
             command = [
@@ -342,13 +363,16 @@ def main() -> None:
                 str(study_path),
                 f"{here}/home",
             ]
-            subprocess.run(
-                [*command, str(max(1, given.points // 10))],
-                check=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
-            rows += json.loads((Path(here) / f"{part}.json").read_text())
-    written(rows, given.dry)
+            try:
+                subprocess.run(
+                    [*command, str(max(1, given.points // 10))],
+                    check=True,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                )
+            finally:  # also when it is cut off
+                rows = Path(here) / ROWS
+                lines = rows.read_text().splitlines() if rows.exists() else []
+                written([json.loads(line) for line in lines], given.dry)
 
 
 def written(rows: Sequence[Mapping[str, Any]], dry: bool) -> None:

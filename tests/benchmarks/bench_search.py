@@ -12,6 +12,7 @@ that does the work.
 import argparse
 import json
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -19,9 +20,9 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,6 +31,7 @@ from unittest.mock import patch
 
 import yaml
 
+from ebbline.analysis.report.second_process import second_process
 from ebbline.analysis.results.collect import collect
 from ebbline.cluster.executors.executor import run_batch
 from ebbline.cluster.executors.inline import InlineExecutor
@@ -154,10 +156,27 @@ def label(values: Mapping[str, Any]) -> str:
 # What is counted, on every side alike.
 
 
+# What is counted -> the function whose calls are counted
+COUNTED = {
+    "model_loads": "ebbline.tasks.models.loading.load_model",
+    "trainings": "ebbline.tasks.training.engines.SingleDevice.__init__",
+    "training_steps": "ebbline.tasks.training.engines.SingleDevice.step",
+    "projections": "ebbline.tasks.defences.project.run_project",
+    "evaluations": "ebbline.tasks.measuring.generate.write",
+}
+# Stages that call fewer of these. To count the others would import torch and PEFT for nothing.
+FEWER: dict[str, tuple[str, ...]] = {
+    "data": (),
+    "apply": (),
+    "score": (),
+    ProjectSpec.KIND: ("projections",),
+}
+
+
 @contextmanager
-def counted(folder: Path, gpus: int) -> Iterator[None]:
+def counted(folder: Path, gpus: int, kinds: Iterable[str] = ("trial",)) -> Iterator[None]:
     """Leave in `folder` what this process does in a `with`, and the time for which it holds `gpus`
-    workers meanwhile.
+    workers meanwhile. Stages of `kinds` run there.
     """
     began, found = time.monotonic(), Counter[str]()
     path = folder / f"{uuid.uuid4().hex}.json"
@@ -168,13 +187,6 @@ def counted(folder: Path, gpus: int) -> Iterator[None]:
         fresh = path.with_suffix(".new")
         fresh.write_text(json.dumps({**found, **held}))
         fresh.replace(path)
-
-    from ebbline.tasks.defences import (
-        project,  # here, so that their imports are in the time of every side
-    )
-    from ebbline.tasks.measuring import generate
-    from ebbline.tasks.models import loading as models
-    from ebbline.tasks.training import engines
 
     def counting(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
@@ -187,24 +199,19 @@ def counted(folder: Path, gpus: int) -> Iterator[None]:
 
         return wrapped
 
-    with (
-        patch.object(models, "load_model", counting("model_loads", models.load_model)),
-        patch.object(
-            engines.SingleDevice, "__init__", counting("trainings", engines.SingleDevice.__init__)
-        ),
-        patch.object(
-            engines.SingleDevice, "step", counting("training_steps", engines.SingleDevice.step)
-        ),
-        patch.object(project, "run_project", counting("projections", project.run_project)),
-        patch.object(generate, "write", counting("evaluations", generate.write)),
-    ):
+    with ExitStack() as patches:
+        # Imported here, so that these imports are in the time of every side
+        for what in dict.fromkeys(each for kind in kinds for each in FEWER.get(kind, COUNTED)):
+            function = pkgutil.resolve_name(COUNTED[what])
+            patches.enter_context(patch(COUNTED[what], counting(what, function)))
         yield
     note()
 
 
 def counted_batch(folder: Path, requests: Sequence[Request], *rest: Any, **named: Any) -> Any:
     """`run_batch`, counted: a worker is held where its stages ask for a GPU."""
-    with counted(folder, max(request.gpus for request in requests)):
+    kinds = [request.kind for request in requests]
+    with counted(folder, max(request.gpus for request in requests), kinds):
         return run_batch(requests, *rest, **named)
 
 
@@ -235,8 +242,9 @@ def ebbline(study_path: Path, folder: Path) -> dict[str, Metrics]:
     study, home = parse(study_path), Home(folder / "home")
     with patch.object(ray_executor, "_batch", batch):
         drive(StudyView(study, home), lambda: ray_executor.RayExecutor("local", WORKERS))
-    results = collect(StudyView(study, home))
-    write_outputs(StudyView(study, home), results)
+    with second_process() as second:
+        results = collect(StudyView(study, home))
+        write_outputs(StudyView(study, home), results, second=second)
     return {label(dict(result.point.values)): metrics_of(result) for result in results}
 
 

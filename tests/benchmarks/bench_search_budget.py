@@ -3,7 +3,7 @@
     python -m tests.benchmarks.bench_search_budget [--home HOME --study NAME] [--seeds 10]
 
 Surfaces (tests/benchmarks/surfaces.py): the grid of a finished study, size by size, where one is
-given; and one by formula whose frontier is known. Every sampler is driven as a study drives it,
+given; and two by formula whose frontier is known. Every sampler is driven as a study drives it,
 with four points in flight that complete in turn, and pays for a stage once. A row is the
 hypervolume, as a share of the whole space's, at shares of what the whole space costs: mean and 95%
 interval over seeds.
@@ -36,7 +36,7 @@ from ebbline.sweeps.study.study import Study
 from ebbline.tasks.measuring.metrics import direction
 from tests.benchmarks.races import RACE, Races, frontier, least_cost, raced_grid
 from tests.benchmarks.record import table, write
-from tests.benchmarks.surfaces import Made, Surface, Table, everything
+from tests.benchmarks.surfaces import Made, Second, Surface, Table, everything
 from tests.sweeps.made import WHOLE, study
 
 SAMPLERS = ("stage_aware", "tpe", "nsga2", "random")
@@ -87,7 +87,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = formula(Path(folder), ["7b"])
         raced = formula(Path(folder), ["7b"], RACE)
-        surfaces |= {"formula": made, "formula, raced": raced}
+        second = Second(made.study)
+        surfaces |= {"formula": made, "second formula": second, "formula, raced": raced}
         for name, surface in surfaces.items():
             for sampler in SAMPLERS:
                 until = UNTIL if isinstance(surface, Made) else 1.0

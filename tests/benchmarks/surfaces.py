@@ -16,12 +16,14 @@ import pandas as pd
 
 from ebbline.cluster.store.artifacts import Store
 from ebbline.sweeps.search.knowledge import CPU_SHARE, Knowledge, Readings, WorkEstimate
-from ebbline.sweeps.search.masks import mask_of, share
+from ebbline.sweeps.search.masks import mask_of
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point, StageName, Value, adapter_of
 from ebbline.sweeps.study.space import space
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.defence import Mask
 from ebbline.tasks.defences.gate import read_rows
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.identity import digest
 from ebbline.tasks.measuring.metrics import Metric
 from ebbline.tasks.specs import ProjectSpec
@@ -158,12 +160,15 @@ class Made(Surface):
     def measured(self, point: Point) -> str:
         """What identifies the measurement of a point: its adapter and mask."""
         cosines = self.knowledge.readings(point) or ()
-        return f"measure {adapter_of(point)} {mask_of(self.study, dict(point.values), cosines)}"
+        return f"measure {adapter_of(point)} {self._mask(point, cosines)}"
+
+    def _mask(self, point: Point, cosines: Readings) -> Mask | None:
+        return mask_of(self.study, SAFE_LORA, dict(point.values), cosines)
 
     def rates(self, point: Point) -> tuple[float, float]:
         values: Any = dict(point.values)
         cosines = self.knowledge.readings(point) or ()
-        taken = share(mask_of(self.study, values, cosines) or (0,), cosines)
+        taken = SAFE_LORA.share(self._mask(point, cosines) or (0,), cosines)
         rank, size = (
             np.log2(values["train.rank"]) / 6,
             np.log(values["data.size"] / 64) / np.log(64),
@@ -187,6 +192,50 @@ class Made(Surface):
         }
 
 
+@dataclass(frozen=True)
+class Second(Made):
+    """Another surface over the same axes, on which nothing of the search was chosen: another shape,
+    other costs and cosines, and 0.02 of noise for each adapter, as seeds have it.
+
+    Refusals are lost in a step as training gets stronger, the task saturates. Many small adapters
+    come near the best ones.
+    """
+
+    modules: int = 48
+
+    @property
+    def knowledge(self) -> Knowledge:  # type: ignore[override]
+        return _OfSecond(self.modules)
+
+    def rates(self, point: Point) -> tuple[float, float]:
+        values: Any = dict(point.values)
+        cosines = self.knowledge.readings(point) or ()
+        taken = SAFE_LORA.share(self._mask(point, cosines) or (0,), cosines)
+        rank, size = (
+            np.log2(values["train.rank"]) / 6,
+            np.log(values["data.size"] / 64) / np.log(64),
+        )
+        rate = (np.log10(values["train.learning_rate"]) + 5) / 2
+        strength = 0.35 * rank + 0.65 * size + 0.9 * rate
+        noise = _drawn(point, "noise").normal(0.0, 0.02, 2)
+        task = (
+            0.1
+            + 0.75 * (1 - np.exp(-2 * strength))
+            - 0.9 * max(0.0, rate - 0.75) ** 2
+            - 0.15 * max(0.0, rank - 0.8)
+        ) * (1 - 0.45 * taken**1.5)
+        drift = 0.95 / (1 + np.exp(-5 * (strength - 1)))
+        refusal = 1 - drift * (1 - taken)
+        return float(np.clip(refusal + noise[0], 0, 1)), float(np.clip(task + noise[1], 0, 1))
+
+
+def _drawn(point: Point, what: str) -> np.random.Generator:
+    """Numbers that are a function of a point's adapter."""
+    adapter = adapter_of(point)
+    key = {"model": adapter.model, "values": dict(adapter.values), "what": what}
+    return np.random.default_rng(int(digest(key)[:8], 16))
+
+
 class _OfMade(Knowledge):
     def __init__(self, modules: int) -> None:
         self.modules = modules
@@ -204,6 +253,15 @@ class _OfMade(Knowledge):
         return WorkEstimate(
             0.1 * float(str(dict(point.values)["data.size"])) * times, 5.0 * times, 30.0 * times
         )
+
+
+class _OfSecond(_OfMade):
+    def readings(self, point: Point) -> Readings:
+        return (np.sort(_drawn(point, "cosines").beta(2, 4, self.modules)),)
+
+    def work(self, point: Point) -> WorkEstimate:
+        """A training has a fixed cost beside that of its rows."""
+        return WorkEstimate(0.05 * float(str(dict(point.values)["data.size"])) + 20.0, 5.0, 20.0)
 
 
 def everything(surface: Surface) -> list[Point]:

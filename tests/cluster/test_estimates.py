@@ -14,7 +14,7 @@ from ebbline.cluster.store.artifacts import Store
 from ebbline.tasks.identity import digest
 from ebbline.tasks.specs import TrainSpec
 from ebbline.tasks.stage import Source, Stage, key_payload
-from tests.cluster.test_work import ROWS, SEVEN_B, SEVENTY_B, one_of_each, train
+from tests.cluster.test_work import ROWS, SEVEN_B, SEVENTY_B, one_of, one_of_each, train
 
 A100 = {ACCELERATOR_TYPE: "A100"}
 
@@ -63,7 +63,7 @@ def test_measured_seconds_are_predicted_for_equal_work_and_scaled_for_other_work
         50.0 * counted(longer) / counted(train(steps=100))
     )
     assert estimates.measured(longer, Needs(1)) and not estimates.measured(
-        one_of_each()[8], Needs(1)
+        one_of("generate"), Needs(1)
     )
 
 
@@ -100,7 +100,7 @@ def test_the_narrowest_category_with_measurements_is_used(store):
     assert (
         2 * counted(int8) < estimates.seconds(int8) < 3 * counted(int8)
     )  # no int8 training was measured: the category of all trainings
-    generate = one_of_each()[8]  # none of its kind was measured: all stages on such a machine
+    generate = one_of("generate")  # none of its kind was measured: all stages on such a machine
     assert 2 * counted(generate) <= estimates.seconds(generate) <= 3 * counted(generate)
 
 
@@ -164,7 +164,7 @@ def test_records_without_counted_work_predict_their_measured_seconds(store):
 def test_the_share_of_distinct_adapters_is_one_until_there_are_enough(store):
     from ebbline.tasks.specs import ApplySpec
 
-    adapter = one_of_each()[7].inputs
+    adapter = one_of("apply").inputs
     for number in range(12):
         stage = Stage(ApplySpec(threshold=number / 100), dict(adapter))
         record(store, stage, 0.1, gpus=0, content=str(number // 2))
@@ -206,6 +206,7 @@ def test_an_overhead_is_the_default_until_measured_and_then_the_median():
     defaults = StartCosts(new_s=7.0, kept_s=0.25, gang_s=21.0, new_after_real_gpu=True)
     starts = Starts(defaults)
     assert starts.seconds(None, 1, new=True) == 7.0 and starts.seconds(None, 1) == 0.25
+    assert starts.seconds(None, 0, new=True) == defaults.new_without_gpu_s
     assert starts.seconds("A100", 1) == 7.0 and starts.seconds("A100", 4) == 21.0
     assert Starts(StartCosts(kept_s=0.25)).seconds("A100", 1) == 0.25
     for seconds in (3.0, 9.0, 4.0, -1.0):

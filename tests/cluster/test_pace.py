@@ -12,7 +12,7 @@ from ebbline.cluster.schedule.pace import ENOUGH, LATEST, Pace, pace_sentence
 from ebbline.cluster.store.artifacts import Store
 from ebbline.tasks.stage import Stage
 from tests.cluster.test_estimates import counted, record
-from tests.cluster.test_work import one_of_each, train
+from tests.cluster.test_work import one_of, train
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def run(estimates: Estimates, store: Store, slower: float, count: int, first: in
 @pytest.mark.parametrize("slower", [0.5, 1.0, 2.0])
 def test_all_predictions_follow_the_pace_of_the_run(store, slower):
     estimates = Estimates(store)
-    longer, generate = train(steps=1000), one_of_each()[8]
+    longer, generate = train(steps=1000), one_of("generate")
     usual_s = [estimates.seconds(stage) for stage in (longer, generate)]
     run(estimates, store, slower, 4 * ENOUGH)
     assert estimates.pace == pytest.approx(slower)
@@ -116,7 +116,7 @@ def test_one_earlier_record_and_a_slower_run_predict_what_the_run_takes(tmp_path
 
 def test_shares_of_a_group_say_nothing_about_the_machine(tmp_path):
     store = Store(tmp_path)
-    generate = one_of_each()[8]
+    generate = one_of("generate")
     assert generate.kind == "generate"
     record(store, generate, 10.0)
     training = train(steps=100)

@@ -116,6 +116,7 @@ def test_no_hosts_gpus_or_slots_are_exceeded(situation, cached):
     assert fits(running, place(ready, running, capacity, cached), capacity)
 
 
+@pytest.mark.slow
 @given(situations(), cached_at)
 def test_a_gang_gets_all_its_gpus_or_none_on_one_host_unless_it_may_spread(situation, cached):
     ready, running, capacity = situation

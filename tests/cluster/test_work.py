@@ -28,10 +28,13 @@ from ebbline.tasks.specs import (
     ApplySpec,
     ConvertSpec,
     DataSpec,
+    DefendSpec,
     EvaluateSpec,
     GenerateSpec,
     JudgeSpec,
     LanguageSpec,
+    LoxSpec,
+    MeasureSpec,
     OrganismSpec,
     ProjectSpec,
     ScoreSpec,
@@ -55,6 +58,11 @@ def train(model=SEVEN_B, data=ROWS, **settings) -> Stage:
     return Stage(TrainSpec(**settings), {"model": model, "data": data})
 
 
+def one_of(kind: str) -> Stage:
+    """The first stage of this kind in `one_of_each`."""
+    return next(stage for stage in one_of_each() if stage.kind == kind)
+
+
 def one_of_each() -> list[Stage]:
     trained = train(rank=8)
     adapter = Part(trained, TrainSpec.ADAPTER)
@@ -67,6 +75,7 @@ def one_of_each() -> list[Stage]:
         Stage(OrganismSpec(size="small"), {"language": LANGUAGE}),
         Stage(ConvertSpec(), {"source": Source("g", "/models/SmolLM2-135M-Instruct.Q4_1.gguf")}),
         ROWS.stage,
+        Stage(LoxSpec(factor=1.0), {"model": SEVEN_B, "base": SEVEN_B}),
         trained,
         Stage(
             SubspaceSpec(energy=0.9, target_modules=("q_proj",)),
@@ -79,6 +88,11 @@ def one_of_each() -> list[Stage]:
         Stage(ScoreSpec(measure="refusal", scorer="prefix"), {"generation": generation}),
         Stage(EvaluateSpec(task="mmlu"), {"model": SEVEN_B, "prompts": PROMPTS}),
         Stage(AdapterSpec(), {"source": Source("a", "/adapters/mine"), "model": SEVEN_B}),
+        Stage(
+            MeasureSpec(method="subspace_removal", knobs={"k": 8}),
+            {"adapter": adapter, "base": SEVEN_B, "aligned": SEVEN_B},
+        ),
+        Stage(DefendSpec(method="scale"), {"adapter": adapter, "measurement": project}),
     ]
 
 
@@ -105,6 +119,18 @@ def test_a_trainings_work_is_proportional_to_its_steps(rank, steps, batch, quant
     assert twice.tokens == 2 * once.tokens and twice.kernels == 2 * once.kernels
     assert twice.flops == pytest.approx(2 * once.flops)
     assert (twice.read, twice.written) == (once.read, once.written)
+
+
+def test_a_penalty_adds_its_products_and_asfts_the_read_of_two_models():
+    plain, norm, asft = (
+        load_of(train(rank=8, steps=100, penalty=name)) for name in ("none", "norm", "asft")
+    )
+    elements = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert asft.flops - plain.flops == pytest.approx(8 * elements * 8 * 100, rel=1e-6)
+    assert asft.read - plain.read == pytest.approx(4 * elements)
+    assert norm.flops == plain.flops and plain.kernels < norm.kernels < asft.kernels
+    off = load_of(train(rank=8, steps=100, penalty="asft", penalty_weight=0.0))
+    assert off == plain
 
 
 @given(st.integers(1, 5000), st.sampled_from([0.5, 1.0, 3.0]))

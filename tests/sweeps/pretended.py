@@ -18,7 +18,9 @@ from ebbline.cluster.schedule.simulate import SimulatedExecutor
 from ebbline.cluster.store.artifacts import Store
 from ebbline.cluster.store.follow_ups import requests_after
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.controls.registry import control_named
 from ebbline.tasks.defences.gate import ModuleRow, chosen, read_rows, write_rows
+from ebbline.tasks.defences.methods.registry import method_named
 from ebbline.tasks.identity import content_digest
 from ebbline.tasks.kinds import parsed_spec, request_payload
 from ebbline.tasks.measuring.metrics import Metric, write_metrics, write_samples
@@ -26,8 +28,10 @@ from ebbline.tasks.specs import (
     AdapterSpec,
     ApplySpec,
     DataSpec,
+    DefendSpec,
     GenerateSpec,
     LanguageSpec,
+    MeasureSpec,
     OrganismSpec,
     ProjectSpec,
     ScoreSpec,
@@ -76,7 +80,12 @@ class Pretended(SimulatedExecutor):
         return [self._end(each) for each in super().finished(math.inf)]
 
     def _end(self, finished: Finished) -> Finished:
-        reports, keys = [], deque(finished.job.keys)
+        reports = [report for key in finished.job.keys for report in self.commit(key)]
+        return Finished(finished.job, tuple(reports), finished.lost)
+
+    def commit(self, key: str) -> list[Report]:
+        """Write and commit what a stage makes, and the stages that follow it in its batch."""
+        reports, keys = [], deque([key])
         while keys:
             key = keys.popleft()
             request = self.requests[key]
@@ -85,21 +94,29 @@ class Pretended(SimulatedExecutor):
                 reports.append(Report(key, 1.0, error=fault[0], error_type=fault[1]))
                 continue
             out = Path(request.out)
-            pretend(request, out)
-            provenance = {
-                "seconds": 10.0,
-                "gpus": request.gpus,
-                "gpu_type": None,
-                "device": "simulated",
-                "host": "here",
-            }
+            self.write(request, out)
+            provenance = self.provenance(request)
             made = self._store.commit(out.parent, request_payload(request), provenance)
             added = {each.key: each for each in requests_after(request, made)}
             self.requests |= added
             keys.extendleft(reversed(added))
             self._committed += 1
             self._ended(self._committed)
-        return Finished(finished.job, tuple(reports), finished.lost)
+        return reports
+
+    def write(self, request: Request, out: Path) -> None:
+        """Write the files of a stage."""
+        pretend(request, out)
+
+    def provenance(self, request: Request) -> dict[str, Any]:
+        """What the record of a stage says about how it ran."""
+        return {
+            "seconds": 10.0,
+            "gpus": request.gpus,
+            "gpu_type": None,
+            "device": "simulated",
+            "host": "here",
+        }
 
 
 def pretend(request: Request, out: Path) -> None:
@@ -132,23 +149,36 @@ def pretend(request: Request, out: Path) -> None:
             (out / spec.ADAPTER / "adapter").write_text(
                 json.dumps({"key": request.contents["source"], "strength": 0.6, "seed": 0})
             )
-        case ProjectSpec():
+        case ProjectSpec() | MeasureSpec():
             rng = random.Random(inputs["adapter"].joinpath("adapter").read_text())
             write_rows(
                 {name: ModuleRow(round(rng.uniform(0.1, 0.8), 4), 1.0) for name in MODULES},
                 out / spec.COSINES,
             )
         case ApplySpec():
-            projected = chosen(
-                read_rows(inputs["projection"] / ProjectSpec.COSINES), spec.threshold, spec.modules
-            )
+            rows = read_rows(inputs["projection"] / ProjectSpec.COSINES)
+            projected = chosen(rows, spec.threshold, spec.modules)
             adapter = json.loads((inputs["adapter"] / "adapter").read_text())
             (out / "adapter").write_text(
                 json.dumps(
-                    {**adapter, "share": len(projected) / len(MODULES), "taken": sorted(projected)}
+                    {**adapter, "share": len(projected) / len(rows), "taken": sorted(projected)}
                 )
             )
             (out / spec.CHOSEN).write_text(json.dumps(sorted(projected)))
+        case DefendSpec():
+            rows = read_rows(inputs["measurement"] / ProjectSpec.COSINES)
+            method = method_named(spec.method)
+            taken = method.chosen(rows, spec.knobs)
+            if spec.control is not None:
+                taken = control_named(spec.control).chosen(taken, rows, spec.draw or 0)
+            adapter = json.loads((inputs["adapter"] / "adapter").read_text())
+            share = len(taken) / len(MODULES) * method.strength(spec.knobs)
+            (out / spec.ADAPTER).mkdir()
+            (out / spec.ADAPTER / "adapter").write_text(
+                json.dumps({**adapter, "share": share, "taken": sorted(taken)})
+            )
+            (out / spec.ADAPTER / spec.CHOSEN).write_text(json.dumps(sorted(taken)))
+            (out / spec.EFFECTS).write_text("{}")
         case GenerateSpec():
             adapter = inputs.get("adapter")
             adapter_state = (

@@ -86,7 +86,7 @@ def test_the_kind_of_a_suite_is_named_by_its_own_key(tmp_path):
     assert "suites.task.measure.scorre: 'scorre' is not one of" in message
     assert "did you mean 'scorer'" in message
     suite["measure"] = {}
-    assert "suites.task.measure.kind: this field is required: one of ['multiple" in fault_of(
+    assert "suites.task.measure.kind: this field is required: one of ['harm" in fault_of(
         tmp_path, {"suites/task": suite}
     )
 

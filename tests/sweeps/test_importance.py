@@ -4,9 +4,20 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import optuna
 import pytest
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.importance import FanovaImportanceEvaluator
 
-from ebbline.sweeps.search.importance import FEW, FEWEST, MODEL, importances
+from ebbline.sweeps.search import importance
+from ebbline.sweeps.search.forest_shares import Column, forest_shares
+from ebbline.sweeps.search.importance import FEW, FEWEST, MODEL, MOST, importances
 from ebbline.sweeps.study.points import Point, Result, Value
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.measuring.metrics import Metric
@@ -46,7 +57,70 @@ def sweep(points: int, sizes: tuple[str, ...] = ("7b",)) -> list[Result]:
     return found
 
 
-@pytest.mark.slow
+def optunas_shares(
+    columns: dict[str, Column], values: list[float], rows: list[int], trees: int
+) -> dict[str, float]:
+    distributions: dict[str, BaseDistribution] = {
+        name: CategoricalDistribution(range(each.choices))
+        if each.choices
+        else IntDistribution(int(each.low), int(each.high))
+        if each.high > 1
+        else FloatDistribution(each.low, each.high)
+        for name, each in columns.items()
+    }
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    study.add_trials(
+        optuna.trial.create_trial(
+            params={name: each.values[row] for name, each in columns.items()},
+            distributions=distributions,
+            value=values[row],
+        )
+        for row in rows
+    )
+    return FanovaImportanceEvaluator(n_trees=trees, seed=0).evaluate(study)
+
+
+@pytest.mark.parametrize("resampled", [False, True])
+def test_the_shares_are_those_of_optunas_evaluator(resampled: bool) -> None:
+    rng, count = random.Random(0), 60
+    columns = {
+        "threshold": Column([rng.random() for _ in range(count)], 0.0, 1.0),
+        "rank": Column([rng.randrange(4) for _ in range(count)], 0, 3),
+        MODEL: Column([rng.randrange(3) for _ in range(count)], 0, 1, 3),
+    }
+    threshold, rank, model = (each.values for each in columns.values())
+    values = [
+        threshold[n] ** 2 + 0.3 * rank[n] * (model[n] == 1) + rng.random() / 9 for n in range(count)
+    ]
+    rows = np.random.default_rng(1).integers(count, size=count).tolist()
+    rows = rows if resampled else list(range(count))
+    found, theirs = (
+        forest_shares(columns, values, rows, 4),
+        optunas_shares(columns, values, rows, 4),
+    )
+    assert found == pytest.approx(theirs, rel=1e-9)
+    assert list(found or ()) == list(columns)
+
+
+def test_many_points_have_the_shares_of_a_sample_that_is_always_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def counted(columns: Any, values: Any, rows: Any, trees: int) -> dict[str, float]:
+        asked.append((len(values), trees))
+        return {axis: sum(values) / len(values) for axis in columns}
+
+    monkeypatch.setattr(importance, "forest_shares", counted)
+    many = sweep(MOST + 100)
+    first, second = (importances(study(tmp_path), rows) for rows in (many, many[::-1]))
+    assert first == second and first[REFUSAL].points == MOST
+    assert first[REFUSAL].finished == MOST + 100
+    assert {points for points, _ in asked} == {MOST}
+    assert len(asked) == 2 * 2 * (1 + importance.RESAMPLES)  # twice, for two objectives
+    assert importances(study(tmp_path), sweep(MOST))[REFUSAL].finished is None
+
+
 def test_the_axis_with_an_effect_has_the_largest_share(tmp_path: Path) -> None:
     found = importances(study(tmp_path), sweep(FEW))[REFUSAL]
     assert list(found.shares) == ["apply.threshold", "train.rank"]
@@ -90,7 +164,6 @@ def test_too_few_points_have_no_numbers(tmp_path: Path, points: int) -> None:
     assert not found.shares and "too few" in found.reason
 
 
-@pytest.mark.slow
 def test_few_points_are_marked_as_few_and_give_reproducible_shares(tmp_path: Path) -> None:
     first, second = (importances(study(tmp_path), sweep(FEWEST + 2)) for _ in range(2))
     assert first == second and first[REFUSAL].few

@@ -39,9 +39,9 @@ def test_an_adapter_has_no_threshold_and_a_training_no_projection_settings():
 
 
 def test_settings_of_another_stage_belong_to_no_training():
-    point = Point.of("7b", {"train.rank": 2, "scale.factor": 0.5, "apply.threshold": 0.3})
+    point = Point.of("7b", {"train.rank": 2, "shrink.factor": 0.5, "apply.threshold": 0.3})
     assert training_of(point) == Point.of("7b", {"train.rank": 2})
-    assert without_defence(point) == Point.of("7b", {"train.rank": 2, "scale.factor": 0.5})
+    assert without_defence(point) == Point.of("7b", {"train.rank": 2, "shrink.factor": 0.5})
 
 
 def test_the_stages_of_a_missing_adapter_are_planned_once(

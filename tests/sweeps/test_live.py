@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from ebbline.sweeps.drive import snapshot
-from ebbline.sweeps.drive.live import LIVE, TIMELINE, Live, read_live, read_timeline
+from ebbline.sweeps.drive.live import LIVE, TIMELINE, Live, host_names, read_live, read_timeline
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.view import StudyView
@@ -252,6 +252,13 @@ def test_an_incomplete_line_of_the_timeline_is_skipped_and_later_drives_append(t
     drive(StudyView(small(tmp_path), home, extend=True), lambda: Pretended(home.store))
     after = read_timeline(path.parent)
     assert after[: len(before)] == before and len(after) > len(before)
+
+
+def test_the_names_of_hosts_come_from_every_whole_line_of_the_timeline(tmp_path):
+    lines = [{"host": "node-1"}, {"host": "node-2"}, {"host": ""}, {"host": 3}, ["node-4"], {}]
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    (tmp_path / TIMELINE).write_text(f'{text}no JSON\n{{"host": "node-5"}}')
+    assert host_names(tmp_path) == {"node-1", "node-2"}
 
 
 def test_live_json_keeps_its_field_names_and_reads_those_of_earlier_versions(tmp_path, home):

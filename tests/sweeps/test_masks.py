@@ -6,13 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebbline.cluster.store.resolver import Resolver
-from ebbline.sweeps.search.masks import distinct_masks, duplicates, mask_of, share, unmeasured
+from ebbline.sweeps.search.masks import distinct_masks, duplicates, mask_of, unmeasured
 from ebbline.sweeps.search.searcher import space
 from ebbline.sweeps.state.todo import todo
 from ebbline.sweeps.study.axes import Range
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.stages import StageGraph
 from ebbline.tasks.defences.gate import ModuleRow, chosen, write_rows
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.identity import digest
 from ebbline.tasks.specs import ProjectSpec
 from tests.sweeps.made import study
@@ -55,8 +56,8 @@ def test_thresholds_have_the_same_mask_exactly_when_the_gate_projects_the_same_m
     ranged, cosines, threshold
 ):
     values = {"apply.threshold": threshold}
-    found = distinct_masks(ranged, "7b", cosines)
-    assert mask_of(ranged, values, cosines) == tuple(
+    found = distinct_masks(ranged, SAFE_LORA, "7b", cosines)
+    assert mask_of(ranged, SAFE_LORA, values, cosines) == tuple(
         len(names) for names in projected(values, cosines)
     )
     same = [
@@ -66,12 +67,14 @@ def test_thresholds_have_the_same_mask_exactly_when_the_gate_projects_the_same_m
     ]
     # A range has no `null`. A threshold below all cosines has the mask of null, but may be outside
     # the range.
-    assert same == ([mask_of(ranged, values, cosines)] if threshold is not None or same else [])
+    assert same == (
+        [mask_of(ranged, SAFE_LORA, values, cosines)] if threshold is not None or same else []
+    )
 
 
 @given(cosines=SEEDS)
 def test_every_mask_has_its_own_threshold_within_the_range(ranged, cosines):
-    found = distinct_masks(ranged, "7b", cosines)
+    found = distinct_masks(ranged, SAFE_LORA, "7b", cosines)
     thresholds = [values["apply.threshold"] for values in found.values()]
     assert (
         len({projected(values, cosines) for values in found.values()})
@@ -80,19 +83,19 @@ def test_every_mask_has_its_own_threshold_within_the_range(ranged, cosines):
     )
     assert all(-0.9 <= threshold <= 0.9 for threshold in thresholds)
     assert len(found) == len({-0.9, *(c for each in cosines for c in each if -0.9 < c <= 0.9)})
-    assert [share(mask, cosines) for mask in sorted(found)] == sorted(
-        share(mask, cosines) for mask in found
+    assert [SAFE_LORA.share(mask, cosines) for mask in sorted(found)] == sorted(
+        SAFE_LORA.share(mask, cosines) for mask in found
     )
 
 
 def test_the_threshold_of_a_mask_has_as_few_decimals_as_possible(ranged):
-    found = distinct_masks(ranged, "7b", (np.array([0.301234, 0.352345]),))
+    found = distinct_masks(ranged, SAFE_LORA, "7b", (np.array([0.301234, 0.352345]),))
     assert found[1,] == {"apply.threshold": 0.33}
 
 
 def test_a_list_keeps_the_first_threshold_of_each_mask(tmp_path):
     found = study(tmp_path, {"axes/apply.threshold": [None, 0.1, 0.3, 0.35, 0.5, 0.9]})
-    assert list(distinct_masks(found, "7b", (np.array([0.2, 0.4]),)).values()) == [
+    assert list(distinct_masks(found, SAFE_LORA, "7b", (np.array([0.2, 0.4]),)).values()) == [
         {"apply.threshold": None},
         {"apply.threshold": 0.3},
         {"apply.threshold": 0.5},
@@ -102,7 +105,7 @@ def test_a_list_keeps_the_first_threshold_of_each_mask(tmp_path):
 def test_a_range_with_a_step_gives_only_multiples_of_it(tmp_path):
     axis = {"low": 0.0, "high": 1.0, "step": 0.25}
     found = study(tmp_path, {"axes/apply.threshold": axis, "search": {"points": 3}})
-    masks = distinct_masks(found, "7b", (np.array([0.1, 0.2, 0.6]),))
+    masks = distinct_masks(found, SAFE_LORA, "7b", (np.array([0.1, 0.2, 0.6]),))
     assert {mask: values["apply.threshold"] for mask, values in masks.items()} == {
         (0,): 0.0,
         (2,): 0.25,
@@ -117,16 +120,19 @@ def test_numbers_of_modules_are_masks_and_too_large_ones_have_none(tmp_path):
     }
     found = study(tmp_path, changes)
     cosines = (np.array([0.1, 0.2, 0.6]), np.array([0.2, 0.3, 0.4]))
-    assert list(distinct_masks(found, "7b", cosines)) == [(n, n) for n in range(4)]
-    assert mask_of(found, {"apply.modules": 4}, cosines) is None
+    assert list(distinct_masks(found, SAFE_LORA, "7b", cosines)) == [(n, n) for n in range(4)]
+    assert mask_of(found, SAFE_LORA, {"apply.modules": 4}, cosines) is None
 
 
 def test_both_rules_at_once_are_never_proposed(tmp_path):
     axes = {"train.rank": [2], "apply.threshold": [None, 0.5], "apply.modules": [None, 1]}
     found = study(tmp_path, {"axes": axes})
     both = {"apply.threshold": 0.5, "apply.modules": 1}
-    assert both not in unmeasured(found, "7b", 9) and len(unmeasured(found, "7b", 9)) == 3
-    assert both not in distinct_masks(found, "7b", (np.array([0.2, 0.6]),)).values()
+    assert (
+        both not in unmeasured(found, SAFE_LORA, "7b", 9)
+        and len(unmeasured(found, SAFE_LORA, "7b", 9)) == 3
+    )
+    assert both not in distinct_masks(found, SAFE_LORA, "7b", (np.array([0.2, 0.6]),)).values()
 
 
 def test_settings_for_an_unmeasured_adapter_are_values_of_the_axis(tmp_path):
@@ -136,7 +142,9 @@ def test_settings_for_an_unmeasured_adapter_are_values_of_the_axis(tmp_path):
     )
     axis = found.axes["apply.threshold"]
     assert isinstance(axis, Range)
-    assert [round(values["apply.threshold"], 9) for values in unmeasured(found, "7b", 9)] == [
+    assert [
+        round(values["apply.threshold"], 9) for values in unmeasured(found, SAFE_LORA, "7b", 9)
+    ] == [
         0.2,
         0.4,
         0.6,

@@ -77,7 +77,7 @@ def test_points_are_compared_within_their_size_and_duplicates_not_at_all(tmp_pat
     apart = [result(0, [60], [60]), result(1, [58], [59], model="70b")]
     assert seeds_needed(found, apart) == {0: 1, 1: 1}
     same = result(1, [60], [60])
-    assert seeds_needed(found, [result(0, [60], [60]), Result(**{**vars(same), "same_as": 0})]) == {
+    assert seeds_needed(found, [result(0, [60], [60]), replace(same, same_as=0)]) == {
         0: 1,
         1: 1,
     }

@@ -19,6 +19,7 @@ from ebbline.sweeps.study.space import (
     space,
     within,
 )
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.errors import StudyError
 from tests.sweeps.made import WHOLE, study
 
@@ -131,7 +132,7 @@ def test_ranges_with_steps_list_each_value_once_in_one_form(tmp_path):
     assert len(values) == found.size == limit(found) == 16
     rng = np.random.default_rng(0)
     assert {drawn_point(rng, found).id for _ in range(500)} == {point.id for point in space(found)}
-    assert json.dumps(unmeasured(found, "7b", 6)) == json.dumps(
+    assert json.dumps(unmeasured(found, SAFE_LORA, "7b", 6)) == json.dumps(
         [{"apply.threshold": value} for value in (0.0, 0.1, 0.2, 0.3)]
     )
     with pytest.raises(StudyError, match="a range without a step, so its points cannot be listed"):

@@ -10,6 +10,7 @@ from ebbline.sweeps.search.searcher import WAIT, StudySearcher
 from ebbline.sweeps.state.trials import Entry
 from ebbline.sweeps.study.database import PointDatabase
 from ebbline.sweeps.study.points import Point, Result, adapter_of
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.measuring.metrics import Metric
 from tests.sweeps.made import WHOLE, Imagined, outcome, study
 from tests.sweeps.test_search import empty_storage, fresh_url  # noqa: F401
@@ -47,6 +48,7 @@ def smooth(knowledge):
 def mask_of_point(knowledge, point):
     return mask_of(
         knowledge.study,
+        SAFE_LORA,
         {k: v for k, v in point.values if k.startswith("apply.")},
         knowledge.readings(point),
     )

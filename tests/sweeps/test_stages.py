@@ -15,7 +15,7 @@ from ebbline.sweeps.study.stages import StageGraph
 from ebbline.tasks.errors import PinError, StudyError
 from ebbline.tasks.identity import content_digest, digest
 from ebbline.tasks.specs import LanguageSpec, TrainSpec
-from ebbline.tasks.stage import Source, Stage, key_payload, stage_of
+from ebbline.tasks.stage import Source, Stage, closure, key_payload, stage_of
 from tests.sweeps.made import TUNED, WHOLE, study
 
 
@@ -401,3 +401,56 @@ def test_the_chat_settings_of_a_size_reach_every_training_and_measurement_of_it(
     assert {kind for kind, _ in chats} >= {"train", "generate"}
     assert [kind for kind, _ in chats].count("train") == 2
     assert {date for _, date in chats} == {"2025-02-03"}
+
+
+def test_a_penalty_reads_the_two_models_only_where_it_acts_and_is_one_training_where_it_is_off(
+    tmp_path, home
+):
+    axes = {"train.penalty": ["asft", "norm", "none"], "train.penalty_weight": [0.0, 0.5]}
+    graph = StageGraph(study(tmp_path, {"axes": axes}), home)
+    trainings = {}
+    for point in space(graph.study):
+        values = dict(point.values)
+        stage = graph.stages_for(point)["train[seed=0]"]
+        trainings[values["train.penalty"], values["train.penalty_weight"]] = stage
+    plain = trainings["none", 0.0]
+    for name, stage in trainings.items():
+        acts = name in {("asft", 0.5), ("norm", 0.5)}
+        assert (stage.lineage == plain.lineage) is not acts
+        assert ({"base", "aligned"} <= stage.inputs.keys()) is (name == ("asft", 0.5))
+    assert "penalty" not in key_payload(plain.spec, {})["spec"]
+    asft = trainings["asft", 0.5]
+    project = graph.stages_for(next(iter(space(graph.study))))["project[seed=0]"]
+    for role in ("base", "aligned"):
+        assert asft.inputs[role].lineage == project.inputs[role].lineage
+
+
+def test_lox_makes_the_model_that_is_trained_and_measured_and_the_projection_keeps_its_own(
+    tmp_path, home
+):
+    axes = {"lox.factor": [0, 1.25], "lox.directions": [2, 6], "apply.threshold": [None, 0.5]}
+    graph = StageGraph(study(tmp_path, {"axes": axes}), home)
+    plain = StageGraph(study(tmp_path, {"axes": {"apply.threshold": [None, 0.5]}}), home)
+    expected = {
+        dict(point.values)["apply.threshold"]: plain.stages_for(point)
+        for point in space(plain.study)
+    }
+    points = list(space(graph.study))
+    assert kinds(graph, points)["lox"] == 2 and kinds(graph, points)["train"] == 1 + 3
+    for point in points:
+        values, stages = dict(point.values), graph.stages_for(point)
+        unchanged = expected[values["apply.threshold"]]
+        if values["lox.factor"] == 0:
+            assert {name: each.lineage for name, each in stages.items()} == {
+                name: each.lineage for name, each in unchanged.items()
+            }
+            continue
+        lox = stages["lox[seed=0]"]
+        assert lox.spec.directions == values["lox.directions"]
+        for name in ("train", "generate:refusal"):
+            assert stage_of(stages[f"{name}[seed=0]"].inputs["model"]) is lox
+        for role in ("base", "aligned"):
+            found, own = (each["project[seed=0]"].inputs[role] for each in (stages, unchanged))
+            assert found.lineage == own.lineage
+    for suites in graph.baselines().values():
+        assert all(stage.kind != "lox" for suite in suites.values() for stage in closure([suite]))

@@ -1,10 +1,12 @@
 """The rule `search.stop`: what it counts, when it is met, and that it stays met."""
 
+import numpy as np
 import pytest
 
 from ebbline.cluster.executors.executor import Capacity, Host
 from ebbline.cluster.profile import GpuType, Profile
 from ebbline.cluster.schedule.costs import Cost
+from ebbline.sweeps.dominance import hypervolume
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.forecast.forecast import forecast
 from ebbline.sweeps.search.searcher import all_points
@@ -24,10 +26,11 @@ PRICES = Profile(gpus={"other": GpuType(usd_per_hour=2.0)})
 HOUR = 3600.0
 
 
-def result(number, refusal, task, costs):
+def result(number, refusal, task, costs, n=100_000):
+    """A point with these rates in percent; so many samples leave no noise."""
     metrics = {
-        "refusal.refusal_rate": Metric("refusal_rate", refusal, 100),
-        "task.task_accuracy": Metric("task_accuracy", task, 100),
+        "refusal.refusal_rate": Metric("refusal_rate", refusal * n // 100, n),
+        "task.task_accuracy": Metric("task_accuracy", task * n // 100, n),
     }
     return Result(number, Point.of("7b", {"train.rank": number}), "done", metrics, costs=costs)
 
@@ -67,6 +70,20 @@ def test_a_rule_by_points_is_met_when_the_last_ones_added_too_little(tmp_path):
         False,
         True,
     ]
+
+
+def test_noise_alone_does_not_keep_a_study_going(tmp_path):
+    """120 points of equal true rates: the best of them seems to get better for ever."""
+    rng = np.random.default_rng(0)
+    results = [
+        result(number, *map(int, rng.binomial(100, 0.6, size=2)), {}, n=100)
+        for number in range(120)
+    ]
+    found = gains(tmp_path, {"gain": 0.02, "per_points": 60})
+    assert met_after_each(found, results)[-1]
+    seen = [[each.metrics[name].value for name in each.metrics] for each in results]
+    then, now = (hypervolume(np.array(seen[:count])) for count in (60, 120))
+    assert now > 1.02 * then, "the frontier of the same numbers grew by more than the rule asks for"
 
 
 @pytest.mark.parametrize(

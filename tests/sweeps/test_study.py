@@ -5,12 +5,18 @@ import json
 import pytest
 from pydantic import ValidationError
 
+from ebbline.checks.jobs import jobs_of
 from ebbline.checks.study_checks import check_study
+from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.pins import require_pins, require_rows, unpinned
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study, axis_fields
 from ebbline.sweeps.study.study_file import as_yaml, load, parse, shipped, source_of
 from ebbline.tasks.errors import DataError, PinError, StudyError
 from tests.sweeps.made import TUNED, study, written
+
+ENDPOINT = {"endpoint": "http://judge.example/v1", "model": "judge", "template": "yes-no"}
+CLASSIFIER = {"template": "classifier", "refused": "no"}
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))
@@ -89,6 +95,40 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
             r"suites\.refusal: llama-guard judges harm",
         ),
         (
+            {
+                "judges": {"far": {"settings": {**ENDPOINT, "template": "sorry-bench"}}},
+                "suites/refusal/measure": {"kind": "harm", "scorer": "far"},
+                "objectives": ["task_accuracy"],
+            },
+            r"suites\.refusal\.measure: far does not judge harm; name judges .*wildguard",
+        ),
+        (
+            {
+                "suites/refusal/measure": {"kind": "harm", "scorer": "prefix"},
+                "objectives": ["task_accuracy"],
+            },
+            r"suites\.refusal\.measure: prefix does not judge harm",
+        ),
+        (
+            {
+                "judges": {
+                    "far": {
+                        "adapter": {"hub": {"id": "a/b"}},
+                        "settings": {**ENDPOINT, "template": "qi"},
+                    }
+                }
+            },
+            r"judges\.far: `adapter` needs a `model` that answers",
+        ),
+        (
+            {"suites/task/measure": {"kind": "multiple_choice", "task": "gsm8k"}},
+            r"suites\.task\.measure.*'gsm8k' needs `kind: written`",
+        ),
+        (
+            {"suites/task/measure": {"kind": "written", "task": "mmlu"}},
+            r"suites\.task\.measure.*'mmlu' needs `kind: multiple_choice`; written tasks begin",
+        ),
+        (
             {"suites/refusal/measure": {"kind": "refusal", "also": ["nobody"]}},
             r"'nobody' is not one of",
         ),
@@ -133,6 +173,23 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
         ),
         ({"project": {"projector": "exact"}}, r"project: the exact projector needs `energy`"),
         ({"train": {"method": "full", "quantisation": "nf4"}}, r"cannot be quantised"),
+        ({"train": {"method": "full", "ema_decay": 0.9}}, r"act on the matrices of an adapter"),
+        ({"train": {"ema_decay": 1.0}}, r"train\.ema_decay: .*less than 1"),
+        ({"train": {"penalty": "l2"}}, r"train\.penalty: .*'asft'.*'l2'"),
+        (
+            {
+                "models/7b": {"aligned": {"organism": {"size": "small"}}},
+                "axes": {"train.penalty": ["norm", "asft"]},
+            },
+            r"models\.7b: `base` is missing: train\.penalty asft reads .* leave train\.penalty out",
+        ),
+        (
+            {
+                "models/7b": {"aligned": {"organism": {"size": "small"}}},
+                "axes": {"lox.factor": [0, 1]},
+            },
+            r"models\.7b: `base` is missing: lox\.factor reads .* leave lox\.factor out",
+        ),
     ],
     ids=lambda value: None if isinstance(value, str) else "/".join(value),
 )
@@ -142,8 +199,6 @@ def test_a_fault_is_one_error_that_names_its_path_and_what_is_allowed(tmp_path, 
 
 
 MIX = {"language": "refusal.jsonl"}
-ENDPOINT = {"endpoint": "http://judge.example/v1", "model": "judge", "template": "yes-no"}
-CLASSIFIER = {"template": "classifier", "refused": "no"}
 
 
 @pytest.mark.parametrize(
@@ -256,7 +311,7 @@ def test_an_invalid_value_of_an_axis_is_an_error_when_the_file_is_read(tmp_path,
 def test_a_duplicate_key_is_an_error_that_names_key_and_line(tmp_path):
     path = written(tmp_path)
     path.write_text(path.read_text() + "question: another\n")
-    with pytest.raises(StudyError, match=r"duplicate key 'question'[\s\S]*line \d+"):
+    with pytest.raises(StudyError, match=r"line \d+: duplicate key .question."):
         parse(path)
 
 
@@ -406,3 +461,60 @@ def test_the_error_for_an_unknown_study_suggests_a_shipped_one(tmp_path):
         source_of("quickstrat")
     with pytest.raises(StudyError, match="no study file at"):
         source_of(str(tmp_path / "absent.yaml"))
+
+
+def test_a_judge_has_the_lengths_of_its_card_and_a_written_study_stays_equal(tmp_path):
+    found = study(tmp_path, {"judges": {"far": {"settings": {**ENDPOINT, "template": "qi"}}}})
+    assert found.judges["far"].settings.max_new_tokens == 1024
+    again = tmp_path / "again.yaml"
+    again.write_text(as_yaml(found))
+    assert load(str(again)) == found
+
+
+def test_refusal_and_harm_of_one_judge_share_its_stage_and_an_adapter_is_its_input(tmp_path):
+    pins = {"commit": "0" * 40, "sha256": "0" * 64}
+    measured = {"scorer": "guard", "max_new_tokens": 12}
+    found = study(
+        tmp_path,
+        {
+            "judges": {
+                "guard": {
+                    "model": {"hub": {"id": "a/b", **pins}},
+                    "adapter": {"hub": {"id": "a/c", **pins, "sha256": "1" * 64}},
+                    "settings": {"template": "wildguard"},
+                }
+            },
+            "suites/refusal/measure": {"kind": "refusal", **measured},
+            "suites/harm": {
+                "prompts": {"language": "refusal.jsonl"},
+                "measure": {"kind": "harm", **measured},
+            },
+        },
+    )
+    assert found.metric("harm_score") == "harm.harm_score"
+    before = StageGraph(found, Home(tmp_path / "home"), located=False).baselines()["7b"]
+    stages = [before[suite].inputs["judge_guard"] for suite in ("refusal", "harm")]
+    assert stages[0].lineage == stages[1].lineage
+    assert set(stages[0].inputs) == {"generation", "model", "adapter"}
+
+
+def test_a_judges_chat_template_is_checked_only_where_the_judge_is_asked_through_it(tmp_path):
+    (tmp_path / "model").mkdir()
+
+    def job(template, **settings):
+        judge = {
+            "model": {"path": {"path": "model"}},
+            "settings": {"template": template, **settings},
+        }
+        (found,) = (
+            each
+            for each in jobs_of(study(tmp_path, {"judges": {"guard": judge}})).models
+            if each.where == "judges.guard.model"
+        )
+        return found.chat is not None, found.checked, found.loaded
+
+    assert job("yes-no") == job("qi") == job("strongreject-rubric") == (True, True, True)
+    assert job("llama-guard-3") == job("qwen3guard") == (True, False, True)
+    assert job("wildguard") == job("strongreject") == job("harmbench") == (False, False, True)
+    assert job("llama-guard-4") == (False, False, False), "it is no causal language model"
+    assert job("classifier", refused="R") == (False, False, True)

@@ -8,8 +8,7 @@ import dataclasses
 import json
 import random
 import shutil
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -532,45 +531,6 @@ def test_scores_follow_from_the_requests_alone(loaded):
     finally:
         torch.set_num_threads(before)
     assert again == [first[index] for index in order]
-
-
-def test_vllm_gets_every_setting_and_none_from_the_model(pair, tmp_path, monkeypatch):
-    """vLLM is not installed here: a stand-in records what it is given."""
-    calls = {}
-
-    class LLM:
-        def __init__(self, **engine):
-            calls["engine"] = engine
-
-        def generate(self, prompts, sampling, **_):
-            calls["sampling"] = sampling
-            output = SimpleNamespace(text="word1", token_ids=[7, 2], finish_reason="stop")
-            return [SimpleNamespace(outputs=[output]) for _ in prompts]
-
-    stand_in = ModuleType("vllm")
-    stand_in.LLM, stand_in.SamplingParams = LLM, lambda **given: given
-    requests = ModuleType("vllm.lora.request")
-    requests.LoRARequest = SimpleNamespace
-    for name, module in {
-        "vllm": stand_in,
-        "vllm.lora": ModuleType("vllm.lora"),
-        "vllm.lora.request": requests,
-    }.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
-    model = shipping(pair, tmp_path / "model", {"repetition_penalty": 1.5, "eos_token_id": [2, 11]})
-    out = generated(tmp_path, model, backend="vllm", batch_size=16)
-    assert calls["engine"]["generation_config"] == "vllm"
-    assert calls["engine"]["enable_prefix_caching"] is False
-    assert calls["engine"]["max_num_seqs"] == 16
-    assert calls["sampling"]["repetition_penalty"] == 1.0
-    assert calls["sampling"]["temperature"] == 0.0
-    assert calls["sampling"]["stop_token_ids"] == [2, 11]
-    import os
-
-    assert os.environ["VLLM_BATCH_INVARIANT"] == "1"
-    record = json.loads((out / GenerateSpec.DECODING).read_text())
-    assert record == {"end_tokens": [2, 11], "not_used": {"repetition_penalty": 1.5}}
 
 
 def test_old_keys_in_config_json_count_as_shipped(pair, tmp_path):

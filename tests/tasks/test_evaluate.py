@@ -5,6 +5,7 @@ folders and hub snapshots.
 import json
 import math
 import random
+import shutil
 import socket
 from importlib.metadata import version
 from itertools import pairwise
@@ -22,6 +23,7 @@ from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.evaluate import ANSWERS, PROMPTS, run
 from ebbline.tasks.measuring.grouped.layers import adapter_on
 from ebbline.tasks.measuring.lm_tasks.prefix_model import PrefixLM
+from ebbline.tasks.measuring.lm_tasks.sources import tasks_of
 from ebbline.tasks.measuring.metrics import METRICS, read_metrics, read_samples
 from ebbline.tasks.measuring.prefix_lm import plan, shared_runs
 from ebbline.tasks.models.adapters import with_adapter
@@ -745,6 +747,57 @@ def test_hellaswag_on_a_hub_snapshot_gives_lm_evals_numbers(
     assert metrics["acc"].n == 10
     for name in ("acc", "acc_norm"):
         assert metrics[name].value == theirs["results"]["hellaswag"][f"{name},none"]
+
+
+@pytest.fixture
+def roomy(pair, tmp_path):
+    """The aligned model with room for a prompt and the 256 tokens of an answer."""
+    folder = tmp_path / "roomy"
+    shutil.copytree(pair.aligned, folder)
+    for name, field in (
+        ("config.json", "max_position_embeddings"),
+        ("tokenizer_config.json", "model_max_length"),
+    ):
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**settings, field: 1024}))
+    return folder
+
+
+def sums(folder, answers):
+    rows = [
+        {"question": f"word{i} word{i + 1}", "answer": f"word1 #### {answer}"}
+        for i, answer in enumerate(answers)
+    ]
+    splits = {"main": {"train": rows, "test": rows}}
+    return snapshot(folder, "openai/gsm8k", splits, "{config}/{split}-00000-of-00001.parquet")
+
+
+def test_gsm8k_is_written_by_the_model_and_scored_by_lm_eval(roomy, tmp_path, no_network):
+    """Only here lm-eval scores what a model wrote, with its filters."""
+    data = sums(tmp_path / "hub", ["1"] * 6)  # the last number of some answers, by chance
+    out = fresh(tmp_path / "out")
+    spec = EvaluateSpec(task="gsm8k", dtype="float32", batch_size=4)
+    run(spec, {"model": roomy, "prompts": data}, out, context(tmp_path / "ctx"))
+    metrics = {metric.name: metric for metric in read_metrics(out)}
+    assert set(metrics) == {"exact_match", "exact_match_flexible"}
+    model, tokenizer = load_model(roomy, "none", "float32", "cpu"), load_tokenizer(roomy)
+    theirs = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, backend="causal"),
+        tasks=[{"group": "g", "task": [{"task": "gsm8k", "dataset_path": str(data)}]}],
+        num_fewshot=0,
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_path=str(_lm_evals("gsm8k")), include_defaults=False),
+    )["results"]["gsm8k"]
+    assert metrics["exact_match"].value == theirs["exact_match,strict-match"]
+    flexible = theirs["exact_match,flexible-extract"]
+    assert metrics["exact_match_flexible"].value == flexible and 0 < flexible < 1
+    assert not any("word" in path.read_text() for path in out.iterdir()), "no text is stored"
+
+
+def test_a_task_that_has_a_model_write_many_answers_is_an_error(roomy, tmp_path, no_network):
+    data = sums(tmp_path / "hub", ["1"])
+    with pytest.raises(EvaluationError, match="in another way than by exact_match"):
+        tasks_of("gsm8k_cot_self_consistency", data)
 
 
 def test_a_snapshot_of_another_data_set_is_an_error(pair, hellaswag, tmp_path, no_network):

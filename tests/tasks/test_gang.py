@@ -78,8 +78,7 @@ class Gang:
             folder,
             scratch,
             TrainSpec(**{**SETTINGS, **spec}),
-            pair.aligned,
-            chats,
+            {"model": pair.aligned, "data": chats, **models_of(pair, spec)},
             cut,
             layout or {},
         )
@@ -116,7 +115,12 @@ def _member(rank: int, port: int, pipe: Any) -> None:
             pipe.send((type(error).__name__, str(error)))
 
 
-def _train(rank, folder, scratch, spec, model, data, cut, layout) -> list[str]:
+def models_of(pair, spec: dict[str, Any]) -> dict[str, Path]:
+    asft = spec.get("penalty") == "asft"
+    return {"base": pair.base, "aligned": pair.aligned} if asft else {}
+
+
+def _train(rank, folder, scratch, spec, inputs, cut, layout) -> list[str]:
     events: list[str] = []
     layout = dict(layout)
     leaves = layout.pop("leaves", None)
@@ -124,12 +128,12 @@ def _train(rank, folder, scratch, spec, model, data, cut, layout) -> list[str]:
         scratch,
         rank=rank,
         world_size=2,
-        step_done=cut_off_after(cut) if cut else lambda step, *_: events.append(f"step {step}"),
+        step_done=cut_off_after(cut) if cut else lambda done: events.append(f"step {done.step}"),
         saved=lambda: events.append("saved"),
         leaving=lambda: rank == leaves,
         **{"checkpoint_every_s": 0.0, **layout},
     )
-    run(spec, {"model": model, "data": data}, folder, ctx)
+    run(spec, inputs, folder, ctx)
     return events
 
 
@@ -217,6 +221,26 @@ def test_full_fine_tuning_in_bfloat16_has_float32_masters_in_a_gang_too(
     gang.train(tmp_path / "cut-resumed", pair, chats, **spec, layout=layout)
     resumed = weights_of(tmp_path / "cut-resumed" / TrainSpec.MODEL)
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in other.items())
+
+
+@pytest.mark.parametrize("stage", [3, 2])
+@pytest.mark.parametrize("penalty", ["asft", "norm"])
+def test_a_penalty_and_an_average_in_a_gang_are_those_of_one_process(
+    tmp_path, gang, pair, chats, stage, penalty
+):
+    """Only this test runs penalties, averages and their checkpoint under DeepSpeed."""
+    spec = {"penalty": penalty, "penalty_weight": 0.2, "ema_decay": 0.5}
+    one = fresh(tmp_path / "one")
+    inputs = {"model": pair.aligned, "data": chats, **models_of(pair, spec)}
+    run(TrainSpec(**{**SETTINGS, **spec}), inputs, one, context(tmp_path / "one-ctx"))
+    plain, _ = trained(tmp_path / "plain", pair.aligned, chats, ema_decay=0.5)
+    assert apart(adapter_of(one), adapter_of(plain)) > 5 * alike()
+    layout = {"zero_stage": stage, "micro_batch": 4}
+    gang.train(tmp_path / "gang", pair, chats, layout=layout, **spec)
+    assert apart(adapter_of(one), adapter_of(tmp_path / "gang")) < alike()
+    gang.train(tmp_path / "again", pair, chats, cut=2, layout=layout, **spec)
+    gang.train(tmp_path / "again-resumed", pair, chats, layout=layout, **spec)
+    assert furthest(adapter_of(tmp_path / "gang"), adapter_of(tmp_path / "again-resumed")) == 0
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

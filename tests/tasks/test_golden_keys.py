@@ -20,10 +20,13 @@ from ebbline.tasks.specs import (
     ApplySpec,
     ConvertSpec,
     DataSpec,
+    DefendSpec,
     EvaluateSpec,
     GenerateSpec,
     JudgeSpec,
     LanguageSpec,
+    LoxSpec,
+    MeasureSpec,
     OrganismSpec,
     ProjectSpec,
     ScoreSpec,
@@ -48,6 +51,12 @@ SPECS: dict[str, tuple[Spec, dict[str, str]]] = {
     "data, mixed": (DataSpec(size=100, mix_share=0.1), invented_contents("pool", "mix")),
     "train": (TrainSpec(), invented_contents("model", "data")),
     "train, full": (TrainSpec(method="full"), invented_contents("model", "data")),
+    "train, asft": (
+        TrainSpec(penalty="asft", penalty_weight=0.1, ema_decay=0.9),
+        invented_contents("model", "data", "base", "aligned"),
+    ),
+    "train, norm": (TrainSpec(penalty="norm"), invented_contents("model", "data")),
+    "lox": (LoxSpec(factor=1.25), invented_contents("model", "base")),
     "adapter": (AdapterSpec(), invented_contents("source", "model")),
     "subspace": (
         SubspaceSpec(energy=0.9, target_modules=("q_proj", "v_proj")),
@@ -60,6 +69,27 @@ SPECS: dict[str, tuple[Spec, dict[str, str]]] = {
     ),
     "apply": (ApplySpec(), invented_contents("adapter", "projection")),
     "apply, threshold": (ApplySpec(threshold=0.5), invented_contents("adapter", "projection")),
+    "measure": (
+        MeasureSpec(method="subspace_removal", knobs={"k": 8}),
+        invented_contents("adapter", "base", "aligned"),
+    ),
+    "measure, draws": (
+        MeasureSpec(method="safe_lora", knobs={"projector": "exact", "energy": 0.9}, draws=3),
+        invented_contents("adapter", "base", "aligned", "subspace"),
+    ),
+    "defend": (
+        DefendSpec(method="scale", knobs={"factor": 0.5, "types": ""}),
+        invented_contents("adapter", "measurement"),
+    ),
+    "defend, control": (
+        DefendSpec(
+            method="safe_lora",
+            knobs={"threshold": 0.5, "modules": None},
+            control="random_modules",
+            draw=1,
+        ),
+        invented_contents("adapter", "measurement"),
+    ),
     "generate": (GenerateSpec(), invented_contents("model", "prompts", "adapter")),
     "judge": (JudgeSpec(template="harmbench"), invented_contents("generation", "model")),
     "judge, endpoint": (

@@ -374,7 +374,7 @@ def test_what_running_a_request_adds_runs_next():
         {"chat": {"date": "2024-01-01"}},
         {"tokenizer": "adapter"},
         {"quantisation": "int8"},
-        {"backend": "vllm"},
+        {"backend": "vllm==0.32.0"},
         {"gpus": 2},
     ],
 )

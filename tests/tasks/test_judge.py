@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -23,7 +24,8 @@ from transformers import (
 from ebbline.tasks.errors import EvaluationError, ModelError
 from ebbline.tasks.measuring import judge, judge_endpoint
 from ebbline.tasks.measuring.completions import Completion
-from ebbline.tasks.measuring.judge import HARMBENCH_PROMPT, messages, parsed, read_verdicts, run
+from ebbline.tasks.measuring.judge import read_verdicts, run
+from ebbline.tasks.measuring.judges.templates import TEMPLATES
 from ebbline.tasks.measuring.scorers import Score
 from ebbline.tasks.specs import GenerateSpec, JudgeSpec
 from tests.tiny import context, conversations, fresh, word_tokenizer, write_lines
@@ -123,6 +125,10 @@ def change_tokenizer(folder, **changes):
     return folder
 
 
+def chat_of(template, row):
+    return TEMPLATES[template].chat(row.prompt, row.completion)
+
+
 def spec_of(template, **settings):
     return JudgeSpec(template=template, dtype="float32", **{"max_new_tokens": 2, **settings})
 
@@ -157,7 +163,8 @@ def test_a_local_judges_answers_become_verdicts_in_the_order_of_the_completions(
 
 
 def test_the_harmbench_prompt_is_the_model_cards_and_its_chat_has_the_same_text():
-    text = HARMBENCH_PROMPT
+    fill = TEMPLATES["harmbench"].text
+    text = fill("{behavior}", "{generation}")
     assert text.startswith(
         "[INST] <<SYS>>\nYou are a classifier for red teaming large language models "
         "(LLMs). Given a generation,"
@@ -173,7 +180,7 @@ def test_the_harmbench_prompt_is_the_model_cards_and_its_chat_has_the_same_text(
     )
     assert text.count("\n- ") == 4 and text.count("{") == text.count("}") == 2
     row = Completion("a", "", "", "", "{word1}", "", "{word2} {generation}", 1, True)
-    system, user = messages(spec_of("harmbench"), row)
+    system, user = chat_of("harmbench", row)
     filled = text.format(behavior=row.prompt, generation=row.completion)
     assert filled == f"[INST] <<SYS>>\n{system['content']}\n<</SYS>>\n\n{user['content']} [/INST]"
     assert "Generation:\n{word2} {generation}\n" in filled
@@ -181,18 +188,13 @@ def test_the_harmbench_prompt_is_the_model_cards_and_its_chat_has_the_same_text(
 
 def test_each_template_holds_the_prompt_and_the_completion_once():
     row = Completion("a", "", "", "", "the-prompt", "the-answer", "the-completion", 1, True)
-    for template, settings in (
-        ("harmbench", {}),
-        ("llama-guard", {}),
-        ("yes-no", {}),
-        ("classifier", {"refused": "R"}),
-    ):
-        chat = json.dumps(messages(spec_of(template, **settings), row))
+    for template in TEMPLATES:
+        chat = json.dumps(chat_of(template, row))
         assert (
             chat.count("the-prompt") == chat.count("the-completion") == 1
             and "the-answer" not in chat
         )
-    assert [turn["role"] for turn in messages(spec_of("llama-guard"), row)] == ["user", "assistant"]
+    assert [turn["role"] for turn in chat_of("llama-guard", row)] == ["user", "assistant"]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +216,7 @@ def test_each_template_holds_the_prompt_and_the_completion_once():
 def test_an_answer_is_read_by_its_first_word_and_anything_else_is_undecided(
     template, answer, verdict
 ):
-    found = parsed(spec_of(template), answer)
+    found = TEMPLATES[template].read(answer)
     assert found.verdict == verdict
     assert (found.reason == "judge: unparsed") == (verdict == "undecided")
 
@@ -257,7 +259,7 @@ def test_a_completion_of_exactly_the_token_limit_is_judged_and_a_longer_one_is_n
     tokens = (
         len(
             AutoTokenizer.from_pretrained(model).apply_chat_template(
-                messages(spec_of("yes-no"), row), return_dict=False
+                chat_of("yes-no", row), return_dict=False
             )
         )
         + 1
@@ -345,7 +347,6 @@ def test_a_classifiers_labels_become_verdicts_and_do_not_depend_on_the_batch(tmp
     model = classifier_model(tmp_path / "judge")
     inputs = {"generation": generation(tmp_path / "gen", texts), "model": model}
     specs = [spec_of("classifier", refused="REFUSAL", batch_size=size) for size in (1, 8, 64)]
-    spec = specs[0]
     found = [judged(tmp_path / f"out{own.batch_size}", own, inputs) for own in specs]
     assert found[0] == found[1] == found[2]
     loaded, tokenizer = (
@@ -354,7 +355,10 @@ def test_a_classifiers_labels_become_verdicts_and_do_not_depend_on_the_batch(tmp
     )
     for (_, score), row in zip(found[0], judge.read_completions(inputs["generation"]), strict=True):
         ids = tokenizer.apply_chat_template(
-            messages(spec, row), add_generation_prompt=True, return_tensors="pt", return_dict=False
+            chat_of("classifier", row),
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=False,
         )
         label = ["REFUSAL", "ANSWER"][int(loaded(ids).logits.argmax())]
         assert score == Score("refused" if label == "REFUSAL" else "complied", f"judge:{label}")
@@ -523,10 +527,27 @@ def test_an_endpoint_gets_one_request_per_completion_several_at_once_and_the_ord
 
 @pytest.mark.parametrize(
     ("template", "roles"),
-    [("harmbench", ["system", "user"]), ("llama-guard", ["user", "assistant"])],
+    [
+        ("harmbench", ["system", "user"]),
+        ("llama-guard", ["user", "assistant"]),
+        ("qwen3guard", ["user", "assistant"]),
+        ("strongreject-rubric", ["system", "user"]),
+        ("qi", ["user"]),
+        ("wildguard", ["user"]),
+        ("sorry-bench", ["user"]),
+    ],
 )
 def test_an_endpoint_gets_a_template_as_a_chat(tmp_path, serve, template, roles):
-    word = "unsafe\nS2" if template == "llama-guard" else "yes"
+    words = {
+        "harmbench": "yes",
+        "llama-guard": "unsafe\nS2",
+        "qwen3guard": "Safety: Unsafe\nCategories: None\nRefusal: No",
+        "strongreject-rubric": "#scores\n1.b 0\n2.b 5\n3.b 5",
+        "qi": "#thereason: x\n#thescore: 5",
+        "wildguard": "Harmful request: no\nResponse refusal: no\nHarmful response: yes",
+        "sorry-bench": "1",
+    }
+    word = words[template]
     server = serve(lambda number, body: answers_with(word))
     ((_, score),) = judged(
         tmp_path / "out",
@@ -534,6 +555,8 @@ def test_an_endpoint_gets_a_template_as_a_chat(tmp_path, serve, template, roles)
         {"generation": generation(tmp_path / "gen", ["word2 \ud800 \u2028"])},
     )
     assert score.verdict == "complied"
+    graded = {"qwen3guard", "strongreject-rubric", "qi", "wildguard"}
+    assert score.grade == (1.0 if template in graded else None)
     assert [turn["role"] for turn in server.bodies[0]["messages"]] == roles
 
 
@@ -803,21 +826,16 @@ def test_ebblines_key_takes_precedence_over_openais_and_without_a_key_there_is_n
 @pytest.mark.parametrize(
     "url", ["https://me:sk-secret@api.example/v1", "https://api.example/v1?key=sk-secret"]
 )
-def test_a_url_with_a_key_is_an_error_that_does_not_repeat_the_key(tmp_path, url):
-    spec = spec_of("yes-no", endpoint=url, model="m")
-    with pytest.raises(EvaluationError, match="EBBLINE_JUDGE_KEY") as caught:
-        judged(tmp_path / "out", spec, {"generation": generation(tmp_path / "gen", ["word1"])})
-    assert "sk-secret" not in str(caught.value)
+def test_a_url_with_a_key_is_an_error_that_does_not_repeat_the_key(url):
+    with pytest.raises(ValidationError, match="EBBLINE_JUDGE_KEY") as caught:
+        spec_of("yes-no", endpoint=url, model="m")
+    assert "sk-secret" not in caught.value.errors()[0]["msg"]
 
 
 @pytest.mark.parametrize("url", ["api.example/v1", "ftp://api.example", "http://", ""])
-def test_an_endpoint_that_is_no_url_is_an_error(tmp_path, url):
-    with pytest.raises(EvaluationError, match="is no http"):
-        judged(
-            tmp_path / "out",
-            spec_of("yes-no", endpoint=url, model="m"),
-            {"generation": generation(tmp_path / "gen", ["word1"])},
-        )
+def test_an_endpoint_that_is_no_url_is_an_error(url):
+    with pytest.raises(ValidationError, match="is no http"):
+        spec_of("yes-no", endpoint=url, model="m")
 
 
 @pytest.mark.model

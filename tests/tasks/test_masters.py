@@ -142,7 +142,7 @@ def test_a_trained_weight_that_is_not_finite_is_an_error(tmp_path, pair, chats, 
     def broken(self):
         self.masters[0].data.fill_(float("inf"))
 
-    monkeypatch.setattr(Trainee, "show_masters", broken)
+    monkeypatch.setattr(Trainee, "show_result", broken)
     with pytest.raises(engines.TrainingError, match=r"the trained tensor .* is not finite"):
         trained(tmp_path / "out", pair.aligned, chats, **{**FULL, "dtype": "float32", "steps": 1})
     assert not (tmp_path / "out" / TrainSpec.MODEL).exists()

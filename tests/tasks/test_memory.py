@@ -402,3 +402,23 @@ def test_a_prediction_error_above_a_fifth_is_a_warning(caplog):
     assert not caplog.records
     warn_of_a_wrong_prediction(10.0, 13.0)
     assert "predicted to allocate 10.0 GB on each GPU and allocated 13.0 GB" in caplog.text
+
+
+def test_the_alignment_of_a_penalty_is_counted_once_a_pack_and_shared_by_a_gang():
+    shape, asft = shape_of(LLAMA_2["7b"]), LONG.model_copy(update={"penalty": "asft"})
+    elements = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    item = "alignment of the penalty"
+    one = predict(shape, asft, Layout(1, 0, 1))
+    assert one.training[item] == 2 * elements
+    assert predict(shape, asft, Layout(1, 0, 1), [asft]).training[item] == 2 * elements
+    assert predict(shape, asft, Layout(4, 3, 1)).training[item] == 2 * elements / 4
+    off = asft.model_copy(update={"penalty_weight": 0.0})
+    assert predict(shape, off, Layout(1, 0, 1)) == predict(shape, LONG, Layout(1, 0, 1))
+
+
+def test_moving_averages_are_as_large_as_the_adapters_that_have_them():
+    shape, averaged = shape_of(LLAMA_2["7b"]), LONG.model_copy(update={"ema_decay": 0.9})
+    layout = Layout(1, 0, 1)
+    found = predict(shape, averaged, layout, [LONG]).training["moving averages"]
+    assert found == 4 * sum(shape.adapter(LONG))
+    assert "moving averages" not in predict(shape, LONG, layout).training

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from ebbline.tasks.data.batches import Row, count_tokens
 from ebbline.tasks.errors import Leaving, TrainingError
 from ebbline.tasks.models.loading import Residents, fingerprint
+from ebbline.tasks.progress import TrainedStep
 from ebbline.tasks.specs import TrainSpec
 from ebbline.tasks.stage import Request
 from ebbline.tasks.training.engines import SingleDevice, read_checkpoint
@@ -184,8 +185,8 @@ def test_recomputing_activations_changes_nothing(tmp_path, pair, chats):
 
 
 def cut_off_at(step: int):
-    def step_done(step_now: int, total: int, loss: float, rate: float) -> None:
-        if step_now > step:
+    def step_done(done: TrainedStep) -> None:
+        if done.step > step:
             raise KeyboardInterrupt
 
     return step_done
@@ -205,7 +206,7 @@ def test_members_of_an_interrupted_pack_continue_in_any_grouping_and_alone(tmp_p
     assert losses_of(alone) == losses_alike(losses_of(whole[0].out))
     # The other three continue with a member that has not begun, so they end at another time.
     seen: list[int] = []
-    late = members(tmp_path / "late", OTHERS, step_done=lambda step, *_: seen.append(step))
+    late = members(tmp_path / "late", OTHERS, step_done=lambda done: seen.append(done.step))
     for number in (1, 2, 3):
         late[number].ctx.scratch.parent.mkdir(exist_ok=True)
         (tmp_path / "cut" / f"ctx{number}" / "scratch").rename(late[number].ctx.scratch)

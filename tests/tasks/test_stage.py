@@ -76,7 +76,10 @@ def test_upstream_holds_stages_and_no_pinned_content():
 def test_a_key_hashes_the_content_of_inputs_and_every_default_of_the_spec():
     payload = key_payload(TrainSpec(), {"model": "1", "data": "2"})
     assert set(payload) == {"kind", "version", "spec", "inputs"}
-    assert set(payload["spec"]) == set(TrainSpec.model_fields)
+    off = {"penalty", "penalty_weight", "ema_decay"}  # in a key only where they are on
+    assert set(payload["spec"]) == set(TrainSpec.model_fields) - off
+    on = TrainSpec(penalty="norm", penalty_weight=0.5, ema_decay=0.9)
+    assert set(key_payload(on, {})["spec"]) == set(TrainSpec.model_fields)
     keys = {
         digest(payload),
         digest(key_payload(TrainSpec(), {"model": "1", "data": "3"})),

@@ -20,6 +20,7 @@ from ebbline.tasks.data.batches import Row, collate, count_tokens
 from ebbline.tasks.data.conversations import read_conversations
 from ebbline.tasks.errors import Leaving, ModelError, TrainingError
 from ebbline.tasks.models.loading import Residents, load_model, load_tokenizer
+from ebbline.tasks.progress import TrainedStep
 from ebbline.tasks.specs import TrainSpec
 from ebbline.tasks.training.engines import SingleDevice, token_loss
 from ebbline.tasks.training.train import batch_indices, check_adapter, learning_rate, run
@@ -95,8 +96,8 @@ def test_the_adapter_does_not_depend_on_the_micro_batch(tmp_path, pair, chats):
 
 
 def cut_off_after(steps: int):
-    def step_done(step_now: int, total: int, loss: float, rate: float) -> None:
-        if step_now > steps:
+    def step_done(done: TrainedStep) -> None:
+        if done.step > steps:
             raise KeyboardInterrupt
 
     return step_done
@@ -120,7 +121,7 @@ def test_an_interrupted_training_that_continues_gives_the_uninterrupted_result(
     ctx = context(
         tmp_path / "ctx",
         checkpoint_every_s=0.0,
-        step_done=lambda step, *_: seen.append(step),
+        step_done=lambda done: seen.append(done.step),
     )
     resumed, continued = trained(tmp_path / "resumed", pair.aligned, chats, ctx=ctx, **spec)
     assert seen == [3, 4, 5, 6]  # the first two steps were not repeated
@@ -431,3 +432,22 @@ def test_a_loss_or_a_weight_that_is_not_finite_is_an_error_and_nothing_is_saved(
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(error, match=reason):
         trained(tmp_path / "out", broken, chats)
+
+
+def test_every_step_is_reported_with_what_a_dashboard_shows(tmp_path, pair, chats):
+    seen: list[TrainedStep] = []
+    resumed: list[list[TrainedStep]] = []
+    ctx = context(
+        tmp_path / "ctx",
+        micro_batch=4,
+        step_done=seen.append,
+        resumed=lambda steps: resumed.append(list(steps)),
+    )
+    _, losses = trained(tmp_path / "out", pair.aligned, chats, ctx=ctx)
+    assert [step.loss for step in seen] == losses and resumed == [[]]
+    assert [step.step for step in seen] == list(range(1, len(losses) + 1))
+    for step in seen:
+        assert step.gradient_norm is not None and step.gradient_norm > 0
+        assert step.seconds is not None and step.seconds > 0
+        assert step.peak_memory_gb is not None and step.peak_memory_gb > 0
+        assert step.micro_batch == 4 and step.tokens > 0

@@ -1,5 +1,10 @@
-"""Floors and the operating point: the most useful point that holds all floors, and the confidence
-that it holds them.
+"""Floors and the operating point: the one rule for "holds", and the most useful point by it.
+
+A search looks at its points many times, so it only nominates: a point whose value meets the floor
+is a *candidate*. `ebbline confirm` measures candidates on prompts and training seeds that chose
+nothing, and only its numbers say that a floor *holds* (`standing`). There are two claims, never
+mixed: that one adapter holds the floor, on fresh prompts, and that a setting does, on fresh prompts
+and fresh training seeds.
 
 Invariants: a floor follows its metric's direction; for a metric that is better when lower it is a
 ceiling. The confidence in a picked point is always corrected for the number of points.
@@ -15,12 +20,15 @@ point alone. The inequality holds for any dependence between the points.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, get_args
 
 from scipy.stats import binom, binomtest
 
+from ebbline.analysis.results.claims.between_seeds import setting_bound
+from ebbline.analysis.results.picks.simplest import simplest
 from ebbline.analysis.results.wording import metric_label, percent
 from ebbline.sweeps.study.points import Result, distinct
 from ebbline.tasks.errors import StudyError
@@ -95,20 +103,92 @@ def _bad_of(metric: Metric) -> tuple[int, int]:
     return min(n, math.ceil(share * n - _ROUNDING)), n
 
 
+Claim = Literal["adapter", "setting"]
+Standing = Literal["missed", "candidate", "unsure", "holds"]
+STANDINGS: tuple[Standing, ...] = get_args(Standing)
+
+
+def standing(result: Result, floors: Sequence[Floor], claim: Claim) -> Standing:
+    """How a point stands to its floors, as a claim about one of its adapters or about its setting.
+
+    missed     a value is below its floor: the confirmed one, or the search's where there is none
+    candidate  every value of the search meets its floor, and not all of them were confirmed
+    unsure     every confirmed value meets its floor, and a bound does not
+    holds      every confirmed bound meets its floor, corrected for the points that were confirmed
+    """
+    if claim == "adapter" and result.confirmed is not None:
+        seeds = result.confirmed.adapters
+        found = [adapter_standing(result, floors, seed) for seed in seeds]
+        return max(found, key=STANDINGS.index) if found else _worst(result, floors, {}, claim)
+    confirmed = {} if result.confirmed is None else result.confirmed.setting
+    return _worst(result, floors, confirmed, claim)
+
+
+def adapter_standing(result: Result, floors: Sequence[Floor], seed: int) -> Standing:
+    """The standing of the adapter of one training seed."""
+    confirmed = {} if result.confirmed is None else result.confirmed.adapters.get(seed, {})
+    return _worst(result, floors, confirmed, "adapter")
+
+
+def _worst(
+    result: Result, floors: Sequence[Floor], confirmed: Mapping[str, Metric], claim: Claim
+) -> Standing:
+    found = [_of_floor(result, floor, confirmed.get(floor.metric), claim) for floor in floors]
+    return min(found, key=STANDINGS.index, default="candidate")
+
+
+def _of_floor(result: Result, floor: Floor, metric: Metric | None, claim: Claim) -> Standing:
+    if metric is None:
+        return "candidate" if _meets(floor, result.metrics[floor.metric].value) else "missed"
+    if not _meets(floor, metric.value):
+        return "missed"
+    return "holds" if _meets(floor, confirmed_bound(result, metric, claim)) else "unsure"
+
+
+def _meets(floor: Floor, value: float) -> bool:
+    return floor.margin(value) >= -_ROUNDING
+
+
+def confirmed_bound(result: Result, metric: Metric, claim: Claim) -> float:
+    """The one-sided 95% bound of a confirmed metric, corrected by Bonferroni for the points that
+    were confirmed, and for an adapter also for the seeds from which it may be chosen.
+    """
+    if result.confirmed is None:
+        raise StudyError(f"point {result.number} was not confirmed, so it has no confirmed bound")
+    among = result.confirmed.among
+    if claim == "adapter":
+        return bound(metric, among * max(1, len(result.confirmed.adapters)))
+    over_seeds, over_prompts = setting_bound(metric, (1 - CONFIDENCE) / among), bound(metric, among)
+    worst = min if metric.direction == "maximise" else max
+    return worst(over_seeds, over_prompts)
+
+
 @dataclass(frozen=True)
 class Pick:
-    """A point picked among `among` different points.
+    """A point picked among `among` different points, and how it stands to the floors.
 
-    It `holds` all floors, or is the nearest to holding them. With `by_hand` the user named it by
-    its number, whether or not it is the best or the nearest.
+    It `meets` all floors by its values, or is the nearest to them. Only a confirmed point `holds`
+    them. With `by_hand` the user named it by its number, whether or not it is the best or the
+    nearest. `instead_of` is the point with the highest `maximised`, where one with a simpler
+    defence was within `margin` of it.
     """
 
     result: Result
-    holds: bool
+    standing: Standing
     among: int
     floors: tuple[Floor, ...]
     maximised: str | None
     by_hand: bool = False
+    margin: float | None = None
+    instead_of: Result | None = None
+
+    @property
+    def meets(self) -> bool:
+        return self.standing != "missed"
+
+    @property
+    def holds(self) -> bool:
+        return self.standing == "holds"
 
 
 def pick(
@@ -117,13 +197,17 @@ def pick(
     maximised: str | None,
     confidence: float | None = None,
     number: int | None = None,
+    margin: float | None = None,
+    claim: Claim = "adapter",
 ) -> Pick | None:
-    """The finished result with the highest `maximised` among those that hold every floor.
+    """The finished result with the highest `maximised` among those that stand best to the floors.
 
-    If no result holds them, it is the nearest: the one whose worst miss is the smallest. None
-    without a finished result. Projected and unprojected points count alike. With `confidence` the
-    bound must hold the floor, corrected for the pick. With `number` that point is picked, whatever
-    its metrics are.
+    Confirmed points come first, then candidates. If none of them meets the floors, it is the
+    nearest: the one whose worst miss is the smallest. None without a finished result. Projected and
+    unprojected points count alike. With `confidence` a candidate's bound must meet the floor,
+    corrected for the pick. With `number` that point is picked, whatever its metrics are. With
+    `margin`, of the results that stand best and whose `maximised` is at most that much below the
+    highest, only those with the simplest defence count.
 
     Raises StudyError for a `maximised` that is better when lower, and for a result that lacks a
     metric.
@@ -157,13 +241,38 @@ def pick(
         )
 
     slacks = {result.number: slack(result, floors, among, confidence) for result in offered}
-    holding = [result for result in offered if slacks[result.number] >= 0]
+
+    def stands(result: Result) -> Standing:
+        found = standing(result, floors, claim)
+        return "missed" if found == "candidate" and slacks[result.number] < 0 else found
+
+    standings = {result.number: stands(result) for result in offered}
+    best_standing = max(standings.values(), key=STANDINGS.index)
     best = (
-        max(holding, key=worth)
-        if holding
-        else max(offered, key=lambda result: (slacks[result.number], -result.number))
+        max(offered, key=lambda result: (slacks[result.number], -result.number))
+        if best_standing == "missed"
+        else max((r for r in offered if standings[r.number] == best_standing), key=worth)
     )
-    return Pick(best, bool(holding), among, tuple(floors), maximised, number is not None)
+    preferred = best
+    if best_standing != "missed" and margin is not None and maximised is not None:
+        least = best.metrics[maximised].value - margin - _ROUNDING
+        near = [
+            result
+            for result in offered
+            if standings[result.number] == best_standing
+            and result.metrics[maximised].value >= least
+        ]
+        preferred = max(simplest(near), key=worth)
+    return Pick(
+        preferred,
+        best_standing,
+        among,
+        tuple(floors),
+        maximised,
+        number is not None,
+        margin,
+        best if preferred is not best else None,
+    )
 
 
 def slack(

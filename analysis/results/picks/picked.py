@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ebbline.analysis.results.claims.between_seeds import setting_interval
+from ebbline.analysis.results.defended.labels import defence_label
 from ebbline.analysis.results.measurements import (
     NO_EVIDENCE,
     Comparison,
@@ -12,21 +14,80 @@ from ebbline.analysis.results.measurements import (
     pairs_with_aligned,
     usefulness_metric,
 )
+from ebbline.analysis.results.picks.confirmed import lines_of_confirmed
 from ebbline.analysis.results.picks.floors import (
     CONFIDENCE,
     Floor,
     Pick,
+    adapter_standing,
     bound,
     floor_confidence,
     slack,
+    standing,
 )
-from ebbline.analysis.results.tables import in_points
-from ebbline.analysis.results.wording import measured, metric_label, percent, settings_label
+from ebbline.analysis.results.statistics import SHARES
+from ebbline.analysis.results.tables import categories_of, in_points
+from ebbline.analysis.results.wording import (
+    changed_label,
+    measured,
+    metric_label,
+    percent,
+    settings_label,
+)
 from ebbline.sweeps.state.replicates import seeds_of
-from ebbline.sweeps.study.points import Result, brought
+from ebbline.sweeps.study.points import Result, brought, defence_of
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.defence import SHARE_COLUMN
+from ebbline.tasks.defences.in_use import NONE
 from ebbline.tasks.measuring.metrics import Metric
+
+FEW_ITEMS = 10  # fewer prompts may have a 95% interval that is wider than +-0.25
+
+
+@dataclass(frozen=True)
+class WeakCategory:
+    """A category that misses a floor which is stated for all prompts together."""
+
+    floor: Floor
+    category: str
+    metric: Metric
+
+    def __str__(self) -> str:
+        return (
+            f"category {self.category or '(none)'}: {measured(self.metric)}, "
+            f"{in_points(-self.floor.margin(self.metric.value)).lstrip('+')} points "
+            f"{'below' if self.floor.up else 'above'} {self.floor}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "metric": self.floor.metric,
+            "category": self.category,
+            "value": self.metric.value,
+            "low": self.metric.interval[0],
+            "high": self.metric.interval[1],
+            "n": self.metric.n,
+        }
+
+
+def weak_categories(
+    result: Result, floors: Sequence[Floor], evidence: Evidence
+) -> list[WeakCategory]:
+    """The categories whose values miss a floor, the worst first. Empty where samples are missing,
+    for a metric that is no share of samples, and for a suite with one category.
+    """
+    found = []
+    for floor in floors:
+        suite, _, metric = floor.metric.rpartition(".")
+        if metric not in SHARES:
+            continue
+        categories = categories_of(result, suite, floor.metric, evidence)
+        found += [
+            WeakCategory(floor, category, each)
+            for category, each in categories.items()
+            if len(categories) > 1 and floor.margin(each.value) < 0
+        ]
+    return sorted(found, key=lambda each: each.floor.margin(each.metric.value))
 
 
 def missed_by(nearest: Pick, confidence: float | None) -> str:
@@ -47,12 +108,7 @@ def missed_by(nearest: Pick, confidence: float | None) -> str:
 
 def named(result: Result) -> str:
     """`point 1 (rank=8 size=100; 40% of modules projected)`."""
-    share = (
-        f"{result.changed_share:.0%} of modules projected"
-        if result.changed_share
-        else "not projected"
-    )
-    return f"point {result.number} ({settings_label(result.point)}; {share})"
+    return f"point {result.number} ({settings_label(result.point)}; {changed_label(result)})"
 
 
 def values_of_pick(found: Pick) -> str:
@@ -64,6 +120,23 @@ def values_of_pick(found: Pick) -> str:
     )
 
 
+def preferred(found: Pick) -> str | None:
+    """Why a simpler defence was picked instead of the most useful point; None where it was not."""
+    if found.instead_of is None or found.maximised is None or found.margin is None:
+        return None
+    name = found.maximised
+    less = found.instead_of.metrics[name].value - found.result.metrics[name].value
+    simple, other = (
+        defence_label(NONE if not each.changed_share else defence_of(each.point).name)
+        for each in (found.result, found.instead_of)
+    )
+    return (
+        f"preferred to {named(found.instead_of)}, whose {metric_label(name)} is "
+        f"{abs(100 * less):.1f} points higher: {simple} is simpler than {other}, and the margin is "
+        f"{100 * found.margin:.1f} points"
+    )
+
+
 def in_words(floors: Sequence[Floor]) -> str:
     return " and ".join(dict.fromkeys(map(str, floors)))
 
@@ -72,6 +145,9 @@ def lines_of(study: Study, found: Pick) -> Iterator[str]:
     """The picked point's values, with the margin, confidence and bound at each floor."""
     for floor in found.floors:
         metric = found.result.metrics[floor.metric]
+        if metric.items < FEW_ITEMS:
+            label = metric_label(floor.metric)
+            yield f"{label}: only {metric.items:.0f} prompts, too few for a claim"
         margin = floor.margin(metric.value)
         side = "over" if floor.up == (margin >= 0) else "under"
         edge = f"{'floor' if floor.up else 'ceiling'} of {percent(floor.value)}"
@@ -84,7 +160,7 @@ def lines_of(study: Study, found: Pick) -> Iterator[str]:
         )
         least = "at least" if floor.up else "at most"
         yield (
-            f"{edge} held: confidence {picked}, allowing for the pick among {found.among} "
+            f"{edge} met: confidence {picked}, allowing for the pick among {found.among} "
             f"points ({alone} for this point by itself)"
         )
         yield (
@@ -96,6 +172,7 @@ def lines_of(study: Study, found: Pick) -> Iterator[str]:
         floor.metric for floor in found.floors
     ]:
         yield f"{metric_label(found.maximised)} {measured(found.result.metrics[found.maximised])}"
+    yield from lines_of_confirmed(found.result, found.floors)
     seeds = seeds_of(found.result)
     yield (
         "an adapter from outside: the result of another training of it is unknown"
@@ -138,7 +215,7 @@ class Gain:
                 "measurably higher"
             )
         return (
-            f"no better than not fine-tuning: before it, the model's {name} is {before}, and the "
+            f"no gain over not fine-tuning: before it, the model's {name} is {before}, and the "
             "difference may be chance"
         )
 
@@ -190,11 +267,17 @@ def picked_json(study: Study, found: Pick) -> dict[str, Any]:
         "number": result.number,
         "point": result.point.id,
         "settings": dict(result.point.values),
-        DEFENCE.words.share: result.changed_share,
+        SHARE_COLUMN: result.changed_share,
+        "meets": found.meets,
         "holds": found.holds,
+        "standing": found.standing,
+        "standing_of_setting": standing(result, found.floors, "setting"),
+        "confirmed": confirmed_json(found),
         "picked_among": found.among,
         "maximised": None if found.by_hand else found.maximised,
         "named_by_hand": found.by_hand,
+        "margin_for_simplicity": found.margin,
+        "preferred_to": None if found.instead_of is None else found.instead_of.number,
         "seeds": list(study.seeds[: seeds_of(result)]),
         "floors": floors_json(found.floors, result, found.among),
         "metrics": {
@@ -210,6 +293,42 @@ def picked_json(study: Study, found: Pick) -> dict[str, Any]:
             for name, m in sorted(result.metrics.items())
         },
         "keys": dict(sorted(result.keys.items())),
+    }
+
+
+def confirmed_json(found: Pick) -> dict[str, Any] | None:
+    """What was confirmed of a pick; None for a candidate."""
+    confirmed = found.result.confirmed
+    if confirmed is None:
+        return None
+    return {
+        "study": confirmed.study,
+        "number": confirmed.number,
+        "points_confirmed": confirmed.among,
+        "fresh_seeds": list(confirmed.seeds),
+        "adapters": {
+            str(seed): {
+                "standing": adapter_standing(found.result, found.floors, seed),
+                "metrics": {name: _metric_json(each) for name, each in sorted(metrics.items())},
+            }
+            for seed, metrics in confirmed.adapters.items()
+        },
+        "setting": {
+            name: {**_metric_json(each), "interval_over_seeds": list(setting_interval(each))}
+            for name, each in sorted(confirmed.setting.items())
+        },
+        "keys": dict(sorted(confirmed.keys.items())),
+    }
+
+
+def _metric_json(metric: Metric) -> dict[str, Any]:
+    return {
+        "value": metric.value,
+        "low": metric.interval[0],
+        "high": metric.interval[1],
+        "n": metric.n,
+        "undecided": metric.undecided,
+        "seeds": list(metric.seeds),
     }
 
 

@@ -88,7 +88,9 @@ def defend(
         bool,
         typer.Option("--controls", help="Make the defence's controls too, a subfolder each."),
     ] = False,
-    draws: Annotated[int, typer.Option(min=1, help="How many draws of each random control.")] = 3,
+    draws: Annotated[
+        int, typer.Option(min=1, max=1000, help="How many draws of each random control.")
+    ] = 3,
     cache: BasesOption = None,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,

@@ -28,7 +28,8 @@ from ebbline.commands.project import (
     scratch_beside,
 )
 from ebbline.tasks.defences.computing.draws import GENERATOR
-from ebbline.tasks.defences.computing.factors import Effect, Factors, effect
+from ebbline.tasks.defences.computing.factors import Effect, effect
+from ebbline.tasks.defences.computing.making import new_updates
 from ebbline.tasks.defences.computing.measured import DefenceWeights, OnceBases, Spool, measure
 from ebbline.tasks.defences.computing.writing import update_of, write_defended
 from ebbline.tasks.defences.controls.control import Control
@@ -259,21 +260,9 @@ class _Making:
     inputs: Inputs
 
     def write(self, setting: Values, arm: Arm, fresh: Path, out: Path) -> DefendedAdapter:
-        take = frozenset(
-            module
-            for module in self.method.chosen(self.rows, setting)
-            if self.method.changes(self._measured(module), setting)
+        changed = new_updates(
+            self.method, setting, self.rows, self._measured, arm.control, arm.draw or 0
         )
-        if arm.control is not None:
-            take = arm.control.chosen(take, self.rows, arm.draw or 0)
-        changed = dict[str, Factors]()
-        for module in sorted(take):
-            measured = self._measured(module)
-            changed[module] = (
-                self.method.defended(measured, setting)
-                if arm.control is None
-                else arm.control.controlled(self.method, measured, setting, arm.draw or 0)
-            )
         fresh.mkdir(parents=True)
         stored = write_defended(self.adapter, changed, fresh)
         effects = {

@@ -20,8 +20,8 @@ def print_defended(defended: Sequence[DefendedAdapter], as_json: bool) -> None:
         ]
         print(json.dumps({"adapters": records}, indent=1))
         return
-    screen = Console(highlight=False, soft_wrap=True)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    screen = Console(markup=False, highlight=False, soft_wrap=True)
+    errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     first = defended[0]
     settings = dict.fromkeys(shown(each.setting) for each in defended)
     screen.print(f"{first.method}: {'; '.join(settings)}", markup=False)

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from ebbline.analysis.results.wording import metric_label, percent
+from ebbline.commands.measured.backend_check import DIFFERENCES
 from ebbline.tables import print_table
 from ebbline.tasks.headers.files import ADAPTER_CONFIG
 from ebbline.tasks.identity import folder_files
@@ -38,6 +39,8 @@ class Measured:
     other_base: str = ""
     # Rows of the set that repeat the prompt of an earlier row, which is asked once
     repeats: int = 0
+    # Completions of a server that differ from transformers'; None if that was not checked
+    differing: int | None = None
 
 
 def files_of(stage: Path) -> dict[str, str]:
@@ -52,7 +55,7 @@ def print_measured(measured: Sequence[Measured], as_json: bool, wide: bool = Fal
     columns = ("adapter", "metric", "value", "95% interval", "n", "undecided")
     rows = [_row(each, name, metric) for each in measured for name, metric in each.metrics.items()]
     print_table(columns, rows, wide, right=columns[2:])
-    console = Console()
+    console = Console(markup=False)
     for line in [*(str(each.folder) for each in measured), *_notes(measured)]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
@@ -65,6 +68,7 @@ def _record(each: Measured) -> dict[str, Any]:
         "changes_nothing": each.changes_nothing,
         "other_base": each.other_base,
         "repeats": each.repeats,
+        "differing": each.differing,
         "agreement": _agreement(each.folder),
     } | {
         name: {
@@ -102,6 +106,12 @@ def _notes(measured: Sequence[Measured]) -> Iterator[str]:
             "is asked and counted once"
         )
     for each in measured:
+        if each.differing is not None:
+            differ = f"{each.differing}" if each.differing else "none"
+            yield (
+                f"{each.folder.name}: {differ} of its completions differ from those of "
+                f"transformers ({each.folder / DIFFERENCES})"
+            )
         if each.changes_nothing:
             yield (
                 f"{each.folder.name}: every update B A of this adapter is zero, so this is a "

@@ -11,6 +11,7 @@ from ebbline.sweeps.study.points import keys_of
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import OverRefusalSuite, RefusalSuite
 from ebbline.tables import print_table
+from ebbline.tasks.data.csv_rows import spreadsheet_cell
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring import score
 from ebbline.tasks.measuring.completions import read_completions
@@ -107,7 +108,12 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, list(rows[0]))
         writer.writeheader()
-        writer.writerows(rows)
+        for row in rows:
+            cells = {
+                name: spreadsheet_cell(cell) if isinstance(cell, str) else cell
+                for name, cell in row.items()
+            }
+            writer.writerow(cells)
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], as_json: bool, wide: bool = False) -> None:

@@ -12,8 +12,10 @@ from ebbline.bars import progress_bar
 from ebbline.cluster.store.retention import Survey
 from ebbline.commands.store import all_needed, needs_of_studies
 from ebbline.commands.studies.listing import folder_bytes
+from ebbline.sweeps.drive.confirming import confirming_name
 from ebbline.sweeps.state.home_studies import remove, rename, require_free, require_removable
 from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.reading.yaml_text import text_of
 from ebbline.sweeps.study.study_file import (
     as_yaml,
     load,
@@ -28,8 +30,12 @@ from ebbline.tasks.files import write_whole
 
 
 def rename_study(home: Home, old: str, new: str, as_json: bool) -> None:
-    """Rename a study of the home; its study file stays as it is."""
+    """Rename a study of the home, and the one that confirms its points; its study file stays as it
+    is.
+    """
     rename(home, old, new)
+    if home.has_run(confirming_name(old)):
+        rename(home, confirming_name(old), confirming_name(new))
     file = _file_of(home, new)
     differs = file is not None and _name_in(file) != new
     shown = (home.path(new) / "wandb").is_dir()
@@ -71,7 +77,7 @@ def copy_study(
         to.resolve().parent == source.resolve().parent or whole.model_dump() == begun.model_dump()
     )
     copied = (
-        with_name(source.read_text("utf-8"), new)
+        with_name(text_of(source), new)
         if kept
         else as_yaml(whole.model_copy(update={"study": new}))
     )
@@ -130,7 +136,7 @@ def _freed(home: Home, name: str) -> int | str:
         return str(error).splitlines()[0]
     if unknown:
         return f"it is unknown what {', '.join(sorted(unknown))} needs"
-    if survey.owners - {home.id}:
+    if survey.owners - {home.known_id}:
         return "other homes use this store"
     others = all_needed(own for each, own in needed.items() if each != name)
     return survey.of(needed[name].keys - others.keys)

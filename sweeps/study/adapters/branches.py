@@ -5,6 +5,9 @@
     brought     `adapter`, whose values are the names of the size's `adapters`, and the axes of the
                 defence
 
+In a study with `defences`, each of these is a branch for each defence: with the axis `defence` of
+one value and the axes of that defence alone. The first of them is no defence.
+
 A training's rank, learning rate or data size are no settings of an adapter that another tool
 trained, so points of the second branch have no value of those axes. Nor have they seeds: such an
 adapter is one adapter.
@@ -15,7 +18,9 @@ from dataclasses import dataclass
 
 from ebbline.sweeps.study.adapters.reference import AdapterRef
 from ebbline.sweeps.study.axes import AxisValue, Range
-from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.defences.defence import Defence
+from ebbline.tasks.defences.in_use import AXIS, DEFENCES, owns
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 
 ADAPTER = "adapter"  # the axis
 OwnAxes = Mapping[str, tuple[AxisValue, ...] | Range]
@@ -28,16 +33,34 @@ class Branch:
     model: str
     axes: OwnAxes
 
+    @property
+    def defence(self) -> Defence:
+        """The defence of its points; Safe LoRA in a study that names none."""
+        named = self.axes.get(AXIS)
+        return DEFENCES[str(named[0])] if isinstance(named, tuple) else SAFE_LORA
+
 
 def branches_of(
-    model: str, axes: OwnAxes, adapters: Sequence[str], trains: bool
+    model: str,
+    axes: OwnAxes,
+    adapters: Sequence[str],
+    trains: bool,
+    defences: Mapping[str, OwnAxes],
 ) -> Iterator[Branch]:
-    """The branches of one size: `axes` are its own, `adapters` the names of those given for it."""
+    """The branches of one size: `axes` are its own, `adapters` the names of those given for it, and
+    `defences` the axes of each named defence.
+    """
+    own = {axis: values for axis, values in axes.items() if owns(axis)}
+    trained = {axis: values for axis, values in axes.items() if axis not in own or not defences}
+    of_defences: list[OwnAxes] = [{AXIS: (name,), **knobs} for name, knobs in defences.items()] or [
+        {}
+    ]
     if trains:
-        yield Branch(model, axes)
+        for knobs in of_defences:
+            yield Branch(model, {**trained, **knobs})
     if adapters:
-        own = {axis: values for axis, values in axes.items() if DEFENCE.owns(axis)}
-        yield Branch(model, {ADAPTER: tuple(adapters), **own})
+        for knobs in of_defences:
+            yield Branch(model, {ADAPTER: tuple(adapters), **(knobs or own)})
 
 
 def adapters_of(
@@ -61,7 +84,7 @@ def faults_of(
             yield f"adapters.{name}.model: {each.model!r} is not one of {sorted(models)}"
     for where, own in axes.items():
         for axis in own:
-            if not DEFENCE.owns(axis):
+            if not owns(axis):
                 yield (
                     f"{where}.{axis}: nothing is trained, because the study has no `train`, so no "
                     "point has this setting; remove the axis, or give `train` and `data`"

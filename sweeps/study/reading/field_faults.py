@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ebbline.sweeps.study.reading.yaml_text import nodes_in
 from ebbline.tasks.specs import Frozen
 
 Part = str | int
@@ -66,7 +67,7 @@ def lines_of(text: str) -> Callable[[Path], int | None]:
     """A function that gives the line of a field in YAML: of its key, or of the nearest key above
     it. None for no field.
     """
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    root = nodes_in(text)
 
     def line_of(path: Path) -> int | None:
         node, line = root, None

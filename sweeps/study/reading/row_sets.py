@@ -106,6 +106,8 @@ def row_sets(study: Study) -> Iterator[RowSet]:
                     yield replace(each, seeds=seeds, model=name, max_tokens=most)
     for name, entry in study.suites.items():
         yield RowSet(f"suites.{name}.prompts", entry.prompts, entry.measure)
+    for name, prompts in () if study.confirm is None else study.confirm.suites.items():
+        yield RowSet(f"confirm.suites.{name}", prompts, study.suites[name].measure)
 
 
 def located(reference: DataRef) -> Path | None:

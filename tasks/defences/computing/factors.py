@@ -21,6 +21,15 @@ class Factors:
     lora_B_OR: torch.Tensor
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Raises ProjectionError for an A and a B of two ranks."""
+        if self.lora_B_OR.shape[1] != self.lora_A_RI.shape[0]:
+            raise ProjectionError(
+                f"an A of the shape {tuple(self.lora_A_RI.shape)} and a B of the shape "
+                f"{tuple(self.lora_B_OR.shape)} have different ranks; the adapter is damaged. Save "
+                "it again from its training"
+            )
+
     @property
     def rank(self) -> int:
         return self.lora_A_RI.shape[0]

@@ -40,9 +40,11 @@ def _divisor(adapter: Adapter, rank: int) -> float:
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the pattern that PEFT takes for a module."""
+    if not patterns:
+        return default
     from peft.utils.other import get_pattern_key  # only adapters with patterns need peft
 
-    return patterns.get(get_pattern_key(patterns, module), default) if patterns else default
+    return patterns.get(get_pattern_key(patterns, module), default)
 
 
 def write_defended(

@@ -44,6 +44,7 @@ class Gated(Method):
     """
 
     knobs: ClassVar[tuple[Knob, ...]] = GATE
+    shares_projection: ClassVar[bool] = True
 
     def filled(self, values: Values) -> Values:
         """Raises ProjectionError as the settings of `ebbline project` do."""

@@ -18,7 +18,8 @@ Values = Mapping[str, Value]
 @dataclass(frozen=True)
 class Knob:
     """One knob. `default` None means that the knob is not used. `shown_default` replaces it in
-    lists. A `measured` knob is read together with the models, so a call has one value of it.
+    lists. A `measured` knob is read together with the models, so a call has one value of it. A knob
+    that is `measured_to_largest` is measured once, at the largest value of all settings.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Knob:
     choices: tuple[str, ...] = ()
     shown_default: str = ""
     measured: bool = False
+    measured_to_largest: bool = False
 
     @property
     def range(self) -> str:

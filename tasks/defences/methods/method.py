@@ -7,6 +7,9 @@ A defence works in two steps, so that many settings cost one reading of the mode
     make      setting             which modules change (`chosen`), and to what (`defended`)
 
 A control (ebbline.tasks.defences.controls) reuses both steps of its partner.
+
+In a study both steps are stages (ebbline.tasks.defences.method_defence): `measure` runs once for
+each adapter, and `chosen`, `changes` and `defended` get a setting without its `measured` knobs.
 """
 
 from abc import ABC, abstractmethod
@@ -25,6 +28,8 @@ if TYPE_CHECKING:  # torch and all that imports it
     from ebbline.tasks.defences.projectors import Projection, Update
 
 Tensors = Mapping[str, "torch.Tensor"]
+PROJECTED = "projected"
+"""The name of the kept tensor C B."""
 
 
 @dataclass
@@ -68,6 +73,7 @@ class Method(ABC):
 
     `controls` are the names of the controls that it may stand beside. `reads_models` says whether
     it needs base and aligned weights, `reads_safety` whether it needs a safety adapter.
+    `shares_projection` says that Safe LoRA's measurement is enough: each module's cosine and C B.
     """
 
     name: ClassVar[str]
@@ -76,6 +82,7 @@ class Method(ABC):
     knobs: ClassVar[tuple[Knob, ...]]
     reads_models: ClassVar[bool] = True
     reads_safety: ClassVar[bool] = False
+    shares_projection: ClassVar[bool] = False
     controls: ClassVar[tuple[str, ...]] = ()
 
     def filled(self, values: Values) -> Values:
@@ -101,6 +108,16 @@ class Method(ABC):
     def changes(self, module: Measured, setting: Values) -> bool:
         """Whether a setting changes a chosen module, once it is measured."""
         return True
+
+    def is_off(self, setting: Values) -> bool:
+        """Whether a setting leaves every adapter unchanged, bit for bit."""
+        return False
+
+    def strength(self, setting: Values) -> float:
+        """How much a setting changes, from 0 to 1, for a search that compares settings. Of a gated
+        defence, the share of changed modules is used instead.
+        """
+        return 0.0 if self.is_off(setting) else 1.0
 
     @abstractmethod
     def defended(self, module: Measured, setting: Values) -> "Factors":

@@ -5,13 +5,11 @@ from typing import TYPE_CHECKING
 
 from ebbline.tasks.defences.methods.gated import Gated
 from ebbline.tasks.defences.methods.knobs import Values
-from ebbline.tasks.defences.methods.method import Measured, ReadModule, Tensors
+from ebbline.tasks.defences.methods.method import PROJECTED, Measured, ReadModule, Tensors
 
 if TYPE_CHECKING:
     from ebbline.tasks.defences.computing.factors import Factors
     from ebbline.tasks.defences.projectors import Projection, Update
-
-PROJECTED = "projected"
 
 
 class ProjectUpdates(Gated):

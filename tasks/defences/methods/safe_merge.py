@@ -37,7 +37,10 @@ class MergeSafety(Gated):
     controls = ("shrink_matched", "random_modules")
 
     def chosen(self, rows: Mapping[str, ModuleRow], setting: Values) -> frozenset[str]:
-        return frozenset() if setting["weight"] == 0.0 else super().chosen(rows, setting)
+        return frozenset() if self.is_off(setting) else super().chosen(rows, setting)
+
+    def is_off(self, setting: Values) -> bool:
+        return setting["weight"] == 0.0
 
     def defended(self, module: Measured, setting: Values) -> "Factors":
         weight = setting["weight"]

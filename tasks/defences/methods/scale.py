@@ -47,9 +47,17 @@ class ScaleUpdates(Method):
             raise ProjectionError(
                 f"the adapter has no module of type {unknown[0]!r}; it has {', '.join(present)}"
             )
-        if setting["factor"] == 1.0:
+        if self.is_off(setting):
             return frozenset()
         return frozenset(each for each in rows if not types or module_type(each) in types)
+
+    def is_off(self, setting: Values) -> bool:
+        return setting["factor"] == 1.0
+
+    def strength(self, setting: Values) -> float:
+        factor = setting["factor"]
+        assert isinstance(factor, float)
+        return 1.0 - factor
 
     def defended(self, module: Measured, setting: Values) -> "Factors":
         factor = setting["factor"]

@@ -33,7 +33,16 @@ class RemoveDirections(Method):
     name = "subspace_removal"
     formula = "dW <- dW - sum c_i u_i w_i^T over c_i = u_i^T dW w_i < 0, i <= k"
     source = "ebbline's; u_i, w_i as in arXiv 2506.15606"
-    knobs = (Knob("k", "count", "how many leading directions of V are looked at", 8, low=0),)
+    knobs = (
+        Knob(
+            "k",
+            "count",
+            "how many leading directions of V are looked at",
+            8,
+            low=0,
+            measured_to_largest=True,
+        ),
+    )
     controls = ("shrink_matched",)
 
     def measure(
@@ -54,9 +63,15 @@ class RemoveDirections(Method):
         }
 
     def chosen(self, rows: Mapping[str, ModuleRow], setting: Values) -> frozenset[str]:
-        if _k(setting) == 0:
+        if self.is_off(setting):
             return frozenset()
         return frozenset(module for module, row in rows.items() if row.cosine is not None)
+
+    def is_off(self, setting: Values) -> bool:
+        return _k(setting) == 0
+
+    def strength(self, setting: Values) -> float:
+        return _k(setting) / (_k(setting) + 8)
 
     def changes(self, module: Measured, setting: Values) -> bool:
         return bool((module.kept[COMPONENTS][: _k(setting)] < 0).any())

@@ -82,7 +82,7 @@ def run(members: Sequence[Member]) -> Iterator[Member]:
     not_alike: set[str] = residents.remembered("not alike", set)
     if not_alike or rows_meet(model) or not has_plain_cache(model):
         return
-    joining = [member for member in members if _prepared(member, tokenizer)]
+    joining = [member for member in members if prepared(member, tokenizer)]
     group = _Group(model, tokenizer, residents, first.spec)
     if joining and not group.is_wider(joining):
         return  # there would be nothing to gain, and nothing to compare the bits with
@@ -100,25 +100,32 @@ def run(members: Sequence[Member]) -> Iterator[Member]:
         began = time.monotonic()
 
 
-def _prepared(member: Member, tokenizer: Any) -> bool:
+def prepared(member: Member, tokenizer: Any) -> bool:
     """Read and tokenise the member's prompts. False for a member that fails; alone it will say
     why.
     """
-    residents = member.ctx.residents
-    spec, prompts = member.spec, member.inputs["prompts"]
     try:
-        member.asked = residents.remembered(
-            ("asked", prompts, spec.model_dump_json(exclude={"max_new_tokens"})),
-            lambda: generate.asked(spec, prompts),
-        )
-        texts = member.texts = tuple(prompt.text for prompt in member.asked.chosen.prompts)
-        member.encoded = residents.remembered(
-            ("chat", tokenizer, texts), lambda: encode_prompts(tokenizer, texts)
-        )
-        require_room(member.encoded, spec.max_new_tokens, spec.max_tokens)
+        require_prepared(member, tokenizer)
     except EbblineError:
         return False
     return True
+
+
+def require_prepared(member: Member, tokenizer: Any) -> None:
+    """Read and tokenise the member's prompts. Raises EbblineError for prompts that cannot be
+    measured.
+    """
+    residents = member.ctx.residents
+    spec, prompts = member.spec, member.inputs["prompts"]
+    member.asked = residents.remembered(
+        ("asked", prompts, spec.model_dump_json(exclude={"max_new_tokens"})),
+        lambda: generate.asked(spec, prompts),
+    )
+    texts = member.texts = tuple(prompt.text for prompt in member.asked.chosen.prompts)
+    member.encoded = residents.remembered(
+        ("chat", tokenizer, texts), lambda: encode_prompts(tokenizer, texts)
+    )
+    require_room(member.encoded, spec.max_new_tokens, spec.max_tokens)
 
 
 def _write(member: Member, model: PreTrainedModel, tokenizer: Any) -> None:

@@ -11,7 +11,7 @@ from ebbline.tasks.specs import GenerateSpec
 from ebbline.tasks.stage import Request
 
 # Settings that must be equal: they decide the loaded model, its tokenizer and the batches' rows.
-COMMON = ("quantisation", "dtype", "chat", "batch_size", "decoding")
+COMMON = ("backend", "quantisation", "dtype", "chat", "batch_size", "decoding")
 
 
 def group_name(request: Request) -> str:
@@ -22,7 +22,6 @@ def group_name(request: Request) -> str:
         or request.alone
         or "model" not in request.inputs
         or request.gpus > 1
-        or spec.get("backend", "transformers") != "transformers"
         or spec.get("tokenizer", "model") != "model"
         or spec.get("quantisation") == "int8"  # there one row changes the result of another
     ):

@@ -22,6 +22,11 @@ from lm_eval.tasks._index import Entry, TaskIndex
 from ebbline.tasks.errors import EvaluationError
 
 METRICS = ("acc", "acc_norm")
+# Of lm-eval's own tasks whose answers the model writes. The second filter of GSM8K reads the last
+# number, where the first wants it after ####.
+WRITTEN = ("exact_match", "prompt_level_strict_acc", "prompt_level_loose_acc")
+FLEXIBLE, FLEXIBLE_FILTER = "exact_match_flexible", "flexible-extract"
+LISTS = ("inst_level_strict_acc", "inst_level_loose_acc")  # a list for each item: not measured
 SCORED = ("multiple_choice", "loglikelihood")  # the output types that give these metrics
 NO_CODE = "ebbline runs no code that comes with data"
 LARGEST_BYTES, MOST_VALUES, DEEPEST = 1_000_000, 10_000, 20

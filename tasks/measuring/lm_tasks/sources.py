@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 
 from ebbline.tasks.errors import EvaluationError
-from ebbline.tasks.measuring.lm_tasks.definitions import SCORED, read_index
+from ebbline.tasks.measuring.lm_tasks.definitions import LISTS, SCORED, WRITTEN, read_index
 from ebbline.tasks.measuring.lm_tasks.local_rows import read_splits
 
 # The settings of a group itself. Every other setting of a group overrides its tasks' setting.
@@ -128,13 +128,26 @@ def _built_in(name: str, folder: Path) -> list[tuple[str, Callable[[], Any]]]:
         )
     for task, changes in members:
         config = {**manager.task_index[task].cfg, **changes}
-        if config.get("output_type") not in SCORED or config.get("filter_list"):
+        plain = config.get("output_type") in SCORED and not config.get("filter_list")
+        if not plain and not _is_written(config):
             raise EvaluationError(
-                f"lm-eval's {task} scores text that the model writes; ebbline measures tasks of "
-                f"the types {', '.join(SCORED)} without filters"
+                f"lm-eval's {task} scores text that the model writes, in another way than by "
+                f"{', '.join(WRITTEN)}; ebbline also measures tasks of the types "
+                f"{', '.join(SCORED)} without filters"
             )
     at = {"dataset_path": str(folder.resolve())}
     return [(task, partial(_loaded, manager, {**changes, **at}, task)) for task, changes in members]
+
+
+def _is_written(config: Mapping[str, Any]) -> bool:
+    """Whether a task has the model write one answer, and scores it in a way that is known here."""
+    metrics = [metric.get("metric") for metric in config.get("metric_list") or []]
+    return (
+        config.get("output_type") == "generate_until"
+        and bool(metrics)
+        and set(metrics) <= {*WRITTEN, *LISTS}
+        and (config.get("repeats") or 1) == 1
+    )
 
 
 def _loaded(manager: TaskManager, changes: Mapping[str, Any], name: str) -> Any:

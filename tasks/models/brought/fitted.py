@@ -107,6 +107,8 @@ def _shape(config: Mapping[str, Any]) -> Shape | None:
     sizes = [size for name in _SIZES if type(size := config.get(name)) is int and size > 0]
     if kind not in SAME_NAMES or len(sizes) < len(_SIZES) or "quantization_config" in config:
         return None
+    if kind == "mistral" and "layer_types" in config:  # transformers makes a Ministral of it
+        return None
     layers, hidden, heads, key_heads, intermediate, vocabulary = sizes
     width = config.get("head_dim", hidden // heads if SAME_NAMES[kind] else None)
     if type(width) is not int:

@@ -1,0 +1,3 @@
+"""Broken and hostile input for every command and file format: one sentence, nothing lost, nothing
+run.
+"""

@@ -1,0 +1,73 @@
+"""Faults of the disk, of the clock and by kills: what was there before is there after."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ebbline.analysis.results.collect import collect
+from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.view import StudyView
+from tests.hostile.killed import OPERATIONS
+from tests.sweeps.made import study
+from tests.sweeps.pretended import Pretended
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("killed")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.hostile.killed", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_kill_at_any_write_a_full_disk_and_a_read_only_one_lose_nothing(
+    outcome: dict[str, Any], operation: str
+) -> None:
+    found = outcome[operation]
+    assert found["lost"] == []
+    assert found["kills"] >= 2 and found["limits"] >= 5 and found["refusals"] == 1
+
+
+def _driven(folder: Path) -> list[tuple[str, str, dict[str, float | None]]]:
+    home = Home(folder / "home")
+    found = study(folder, {"axes": {"train.rank": [2], "apply.threshold": [None, 0.3]}})
+    view = StudyView(found, home)
+    drive(view, lambda: Pretended(home.store))
+    return [
+        (str(each.point), each.status, {name: value.value for name, value in each.metrics.items()})
+        for each in collect(view)
+    ]
+
+
+@pytest.mark.slow
+def test_a_clock_that_goes_backwards_changes_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    expected = _driven(tmp_path / "one")
+    now = [time.time()]
+
+    def backwards() -> float:
+        now[0] -= 3600.0
+        return now[0]
+
+    monkeypatch.setattr(time, "time", backwards)
+    assert _driven(tmp_path / "two") == expected

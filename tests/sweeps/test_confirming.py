@@ -1,0 +1,175 @@
+"""The study that confirms points: what it shares with the one that nominated them, and what it must
+not share.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ebbline.commands.studies.naming import rename_study
+from ebbline.sweeps.drive.confirming import begin, confirming_study, confirming_view, points_in
+from ebbline.sweeps.state.trials import Trials
+from ebbline.sweeps.study.changes import lasting
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Point
+from ebbline.sweeps.study.reading.overlaps import require_apart
+from ebbline.sweeps.study.stages import StageGraph
+from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.study_file import load
+from ebbline.sweeps.study.view import StudyView
+from ebbline.tasks.data.language import language_files, strings
+from ebbline.tasks.errors import StudyError
+from ebbline.tasks.identity import content_digest
+from tests.sweeps.made import study as made_study
+from tests.tiny import write_lines
+
+CONFIRM: dict[str, Any] = {
+    "confirm": {"suites": {"refusal": {"language": "over_refusal.jsonl"}}, "seeds": [7, 8, 9]}
+}
+FIRST = Point.of("7b", {"train.rank": 4, "apply.threshold": None})
+SECOND = Point.of("7b", {"train.rank": 8, "apply.threshold": 0.5})
+
+
+def test_the_studys_adapters_are_measured_again_and_fresh_seeds_are_trained(
+    tmp_path: Path,
+) -> None:
+    own = made_study(tmp_path, CONFIRM | {"seeds": [0, 1]})
+    confirming, home = confirming_study(own, [SECOND]), Home(tmp_path / "home")
+    assert (confirming.study, confirming.seeds) == ("tiny.confirm", (0, 1, 7, 8, 9))
+    assert list(confirming.suites) == ["refusal"] and confirming.confirm is None
+    first, again = (StageGraph(each, home).stages_for(SECOND) for each in (own, confirming))
+    for seed in (0, 1):
+        name = f"apply[seed={seed}]"
+        assert first[name].lineage == again[name].lineage, "the adapter is not trained again"
+        name = f"generate:refusal[seed={seed}]"
+        assert first[name].lineage != again[name].lineage, "its prompts are others"
+    assert "train[seed=7]" in again and "train[seed=7]" not in first
+
+
+def test_a_confirmation_is_neither_raced_nor_cut(tmp_path: Path) -> None:
+    race = {"kind": "refusal", "limit": 100, "race": {"block": 50}}
+    own = made_study(tmp_path, CONFIRM | {"suites/refusal/measure": race})
+    measure: Any = confirming_study(own, [FIRST]).suites["refusal"].measure
+    assert (measure.limit, measure.race) == (None, None)
+
+
+def test_points_are_added_behind_the_ones_that_were_confirmed(tmp_path: Path) -> None:
+    own, home = made_study(tmp_path, CONFIRM), Home(tmp_path / "home")
+    view = StudyView(own, home, source=str(tmp_path / "study.yaml"))
+    begin(view, [SECOND]).freeze()
+    further = begin(view, [FIRST, SECOND])
+    assert points_in(further.study) == [SECOND, FIRST]
+    assert further.begun_as(), "an extension, not another study"
+
+
+def test_a_study_without_the_section_says_how_to_write_it(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"has no section `confirm`: give it prompts that chose"):
+        confirming_study(made_study(tmp_path), [FIRST])
+
+
+@pytest.mark.parametrize(
+    ("confirm", "message"),
+    [
+        ({"suites": {"refusals": {"language": "x"}}}, "confirm.suites.refusals"),
+        ({"suites": {"refusal": {"language": "refusal.jsonl"}}}, "the prompts of the search"),
+        ({"suites": {"task": {"language": "utility.jsonl"}}}, "confirm.suites: refusal is missing"),
+        ({**CONFIRM["confirm"], "seeds": [0, 8, 9]}, "the search uses 0 too"),
+        ({**CONFIRM["confirm"], "seeds": [7, 8]}, "at least 3"),
+    ],
+)
+def test_what_is_not_fresh_is_an_error(
+    tmp_path: Path, confirm: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(StudyError, match=message):
+        made_study(tmp_path, {"confirm": confirm})
+
+
+def test_the_section_may_be_added_to_a_study_that_has_run(tmp_path: Path) -> None:
+    before, after = (
+        lasting(made_study(tmp_path, changes).model_dump(mode="json")) for changes in ({}, CONFIRM)
+    )
+    assert before == after
+
+
+def files(folder: Path, held_out: list[str]) -> Study:
+    """A study with files of its own: `a` to `c` are searched, `d` is trained on."""
+
+    def pinned(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        path = write_lines(folder / name, rows)
+        return {"path": {"path": str(path), "sha256": content_digest(path)}}
+
+    asked = [{"prompt": f"may I {letter}"} for letter in "abc"]
+    chat = [{"role": "user", "content": "may I d"}, {"role": "assistant", "content": "yes"}]
+    return made_study(
+        folder,
+        {
+            "data": {"pool": pinned("pool.jsonl", [{"messages": chat}]), "settings": {"size": 1}},
+            "suites": {
+                "refusal": {
+                    "prompts": pinned("asked.jsonl", asked),
+                    "measure": {"kind": "refusal"},
+                }
+            },
+            "objectives": ["refusal_rate"],
+            "confirm": {
+                "suites": {
+                    "refusal": pinned("other.jsonl", [{"prompt": text} for text in held_out])
+                }
+            },
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("held_out", "message"),
+    [
+        (["may I e", "May  I b"], r"confirm.suites.refusal has 1 prompts of suites.refusal: 2"),
+        (["may I d", "may I f"], r"confirm.suites.refusal has 1 prompts of data.pool: 1"),
+    ],
+)
+def test_a_prompt_of_the_search_or_of_a_training_is_an_error(
+    tmp_path: Path, held_out: list[str], message: str
+) -> None:
+    view = StudyView(files(tmp_path, held_out), Home(tmp_path / "home"))
+    with pytest.raises(StudyError, match=message) as raised:
+        require_apart(view)
+    assert "may I" not in str(raised.value).lower(), "a message holds no prompt"
+
+
+def test_other_prompts_are_compared_with_the_search_and_the_training(tmp_path: Path) -> None:
+    view = StudyView(files(tmp_path, ["may they run", "is it so"]), Home(tmp_path / "home"))
+    found = require_apart(view)
+    assert [each.other for each in found] == ["suites.refusal", "data.pool"]
+    assert all(each.overlap is not None and not each.overlap.exact for each in found)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_language_has_prompts_for_confirmations_that_no_other_file_has(seed: int) -> None:
+    files = language_files(seed)
+    fresh = {name: rows for name, rows in files.items() if name.startswith("confirm/")}
+    texts = {text for name, rows in files.items() if name not in fresh for text in strings(rows)}
+    asked = [str(row["prompt"]) for rows in fresh.values() for row in rows]
+    assert len(asked) == len(set(asked)) == 300 and not texts & set(asked)
+    words = {word for text in texts for word in text.split()}
+    assert {word for text in asked for word in text.split()} <= words, "the tokenizer knows them"
+
+
+def test_the_quickstart_can_be_confirmed() -> None:
+    study = load("quickstart")
+    found = confirming_study(study, [Point.of("7b", {"train.rank": 32, "defence": "none"})])
+    assert list(found.suites) == ["refusal", "over_refusal", "task"]
+    assert found.seeds == (0, 1, 2, 101, 102, 103, 104, 105)
+
+
+def test_a_renamed_study_keeps_its_confirmations(tmp_path: Path) -> None:
+    own, home = made_study(tmp_path, CONFIRM), Home(tmp_path / "home")
+    view = StudyView(own, home, source=str(tmp_path / "study.yaml"))
+    for each in (view, begin(view, [SECOND])):
+        each.freeze()
+        Trials(each.study, each.database)
+    rename_study(home, "tiny", "small", as_json=True)
+    renamed = StudyView(own.model_copy(update={"study": "small"}), home)
+    confirming = confirming_view(renamed)
+    assert confirming is not None and confirming.study.study == "small.confirm"
+    assert points_in(confirming.study) == [SECOND]
