@@ -38,6 +38,30 @@ from ebbline.tool_commands import prompts_app, store_app, tool_app
 
 EXECUTOR_NAMES = tuple(kind.name for kind in EXECUTORS)
 EXECUTOR_LABELS = ", or ".join(kind.label for kind in EXECUTORS)
+ExecutorOption = Annotated[
+    Literal[EXECUTOR_NAMES],  # type: ignore[valid-type]  # as the table has them
+    typer.Option(help=f"Where stages run: {EXECUTOR_LABELS}."),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Ray address: `local` starts a cluster here, `auto` joins a running one; "
+        "default: the profile's.",
+        show_default=False,
+    ),
+]
+GpusOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=10_000,
+        help="Logical GPUs of a local cluster without real ones.",
+        show_default=False,
+    ),
+]
+WandbOption = Annotated[
+    bool, typer.Option(help="Mirror to Weights & Biases (offline unless you are logged in).")
+]
 
 app = typer.Typer(
     name="ebbline",
@@ -249,30 +273,10 @@ def run(
         ),
     ] = None,
     home: HomeOption = DEFAULT_HOME,
-    executor: Annotated[
-        Literal[EXECUTOR_NAMES],  # type: ignore[valid-type]  # as the table has them
-        typer.Option(help=f"Where stages run: {EXECUTOR_LABELS}."),
-    ] = DEFAULT_EXECUTOR.name,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="Ray address: `local` starts a cluster here, `auto` joins a running one; "
-            "default: the profile's.",
-            show_default=False,
-        ),
-    ] = None,
-    gpus: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=10_000,
-            help="Logical GPUs of a local cluster without real ones.",
-            show_default=False,
-        ),
-    ] = None,
-    wandb: Annotated[
-        bool, typer.Option(help="Mirror to Weights & Biases (offline unless you are logged in).")
-    ] = True,
+    executor: ExecutorOption = DEFAULT_EXECUTOR.name,
+    address: AddressOption = None,
+    gpus: GpusOption = None,
+    wandb: WandbOption = True,
     extend: Annotated[
         bool,
         typer.Option(
@@ -332,23 +336,10 @@ def confirm(
         ),
     ] = None,
     home: HomeOption = DEFAULT_HOME,
-    executor: Annotated[
-        Literal[EXECUTOR_NAMES],  # type: ignore[valid-type]  # as the table has them
-        typer.Option(help=f"Where stages run: {EXECUTOR_LABELS}."),
-    ] = DEFAULT_EXECUTOR.name,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="Ray address, as for `ebbline run`; default: the profile's.", show_default=False
-        ),
-    ] = None,
-    gpus: Annotated[
-        int | None,
-        typer.Option(help="Logical GPUs of a local cluster without real ones.", show_default=False),
-    ] = None,
-    wandb: Annotated[
-        bool, typer.Option(help="Mirror to Weights & Biases (offline unless you are logged in).")
-    ] = True,
+    executor: ExecutorOption = DEFAULT_EXECUTOR.name,
+    address: AddressOption = None,
+    gpus: GpusOption = None,
+    wandb: WandbOption = True,
     as_json: JsonOption = False,
     wide: WideOption = False,
 ) -> None:

@@ -1,18 +1,12 @@
-"""The curves of trainings for the live page: of one at work the steps so far, else all of them.
-
-Both come from the files that the worker writes (ebbline.tasks.progress); of a training of an
-earlier version, from its curve.csv.
-"""
+"""The curves of trainings for the live page: of one at work the steps so far, else all of them."""
 
 from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
-
 from ebbline.cluster.store.artifacts import Artifact, Store
+from ebbline.sweeps.drive.curves import steps_of, steps_so_far
 from ebbline.tasks.errors import StoreError
-from ebbline.tasks.progress import STEPS, TrainedStep, read_steps
-from ebbline.tasks.specs import TrainSpec
+from ebbline.tasks.progress import TrainedStep
 
 MOST_STEPS = 1000  # most steps shown of a training's curve
 SHOWN = ("loss", "learning_rate", "gradient_norm", "tokens_per_s", "peak_memory_gb")
@@ -20,8 +14,7 @@ SHOWN = ("loss", "learning_rate", "gradient_norm", "tokens_per_s", "peak_memory_
 
 def running_curve(store: Store, attempt: str) -> dict[str, Any]:
     """The steps so far of an attempt, which is a folder below the store."""
-    text = (store.log(store.root / attempt, STEPS) if attempt else None) or b""
-    steps = list(read_steps(text))
+    steps = steps_so_far(store, attempt)
     note = f"runs; {len(steps)} of {steps[-1].steps} steps" if steps else "has reported no step yet"
     return _curve(steps, note, ended=False)
 
@@ -29,19 +22,10 @@ def running_curve(store: Store, attempt: str) -> dict[str, Any]:
 def ended_curve(training: Artifact) -> dict[str, Any]:
     """All steps of a training that ended, thinned to MOST_STEPS."""
     try:
-        frame = pd.read_csv(training.file(TrainSpec.CURVE))
-    except (OSError, ValueError, StoreError) as error:
+        steps = steps_of(training)
+    except (OSError, ValueError, KeyError, StoreError) as error:
         why = f"has ended; its curve cannot be read ({type(error).__name__})"
         return _curve([], why, ended=True)
-    kept = {
-        step.step: step for step in read_steps(training.store.log(training.folder, STEPS) or b"")
-    }
-    steps = [
-        kept.get(
-            int(step), TrainedStep(int(step), len(frame), float(loss), float(rate), int(tokens))
-        )
-        for step, loss, rate, tokens in frame.itertuples(index=False)
-    ]
     provenance = training.provenance
     device, seconds = provenance.get("device", "an unknown device"), provenance.get("seconds", 0)
     return _curve(steps, f"{len(steps)} steps on {device}, {float(seconds):.0f} s", ended=True)

@@ -11,18 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ebbline.cluster.store.artifacts import Artifact
+from ebbline.sweeps.drive.curves import steps_so_far
 from ebbline.sweeps.drive.live import TrainingNow, read_live
 from ebbline.sweeps.study.view import StudyView
-from ebbline.tasks.progress import STEPS, TrainedStep, read_steps
-from ebbline.tasks.specs import TrainSpec
+from ebbline.tasks.progress import TrainedStep
 
 REQUEST = "request.json"  # in an attempt's log, as the runner writes it
 
 
 @dataclass
 class LiveRun:
-    """An open W&B run, the key of its training, and the number of its history rows so far.
+    """An open W&B run, the key of its training, and the last step in its history: a row each.
 
     `absent` counts the updates since the training was last seen at work.
     """
@@ -33,34 +32,34 @@ class LiveRun:
     absent: int = 0
 
     def show(self, history: Sequence[tuple[int, Mapping[str, float]]]) -> None:
-        """Shows the rows that are new. `history` has every row from the first step."""
-        for step, values in history[self.rows :]:
-            self.run.log(dict(values), step=step)
-        self.rows = max(self.rows, len(history))
+        """Shows the steps after the last one that was shown."""
+        for step, values in history:
+            if step > self.rows:
+                self.run.log(dict(values), step=step)
+                self.rows = step
 
 
 @dataclass(frozen=True)
 class LiveTraining:
-    """A training at work. `attempt` is its attempt's folder below the store. `trained` is None for
-    one that no point waits for.
-    """
+    """A training at work. `attempt` is its attempt's folder below the store."""
 
     key: str
-    label: str
-    trained: TrainingNow | None
+    trained: TrainingNow
     attempt: str
     spec: Mapping[str, Any]
     steps: tuple[TrainedStep, ...]
 
 
 def live_trainings(view: StudyView) -> Iterator[LiveTraining]:
-    """The trainings at work, with the steps so far. Empty while nobody drives the study."""
+    """The points' trainings at work, with the steps so far. Empty while nobody drives the study.
+    Alignments are left out: no page shows one once it has ended.
+    """
     live = read_live(view.folder)
     if live is None or live.ended is not None or view.home.holder(view.study.study) is None:
         return
     store = view.home.store
     for stage in live.running:
-        if stage.kind != TrainSpec.KIND or not stage.attempt:
+        if stage.training is None or not stage.attempt:
             continue
         folder = store.root / stage.attempt
         request = store.log(folder, REQUEST)
@@ -68,11 +67,10 @@ def live_trainings(view: StudyView) -> Iterator[LiveTraining]:
             continue
         yield LiveTraining(
             stage.key,
-            stage.label,
             stage.training,
             stage.attempt,
             json.loads(request)["spec"],
-            tuple(read_steps(store.log(folder, STEPS) or b"")),
+            tuple(steps_so_far(store, stage.attempt)),
         )
 
 
@@ -122,13 +120,6 @@ def drive_status(view: StudyView, trainings: Sequence[LiveTraining]) -> dict[str
         for name, value in values.items()
         if value is not None
     }
-
-
-def steps_of(training: Artifact) -> list[TrainedStep]:
-    """The steps of a training that has ended, from its attempt's log; empty for one of an earlier
-    version, and where the log was removed.
-    """
-    return list(read_steps(training.store.log(training.folder, STEPS) or b""))
 
 
 def step_values(step: TrainedStep) -> dict[str, float]:

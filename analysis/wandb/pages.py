@@ -13,7 +13,6 @@ W&B handles about 10,000 runs in a project. So only some points and trainings ha
 The study's own table has a row for every finished point.
 """
 
-import csv
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,23 +22,26 @@ from ebbline.analysis.results.tables import axes_in, metrics_in
 from ebbline.analysis.results.wording import (
     NO_RESULT,
     axis_label,
+    defence_label,
     metric_label,
     value_label,
     without_paths,
 )
-from ebbline.analysis.wandb.live import LiveTraining, step_values, steps_of
+from ebbline.analysis.wandb.live import LiveTraining, step_values
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.schedule.costs import total
 from ebbline.cluster.store.artifacts import Artifact
+from ebbline.sweeps.drive.curves import steps_of
 from ebbline.sweeps.study.points import Result, StageName, Value, training_of
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.defence import SHARE_COLUMN
+from ebbline.tasks.defences.in_use import AXIS
 from ebbline.tasks.errors import Incomplete
 from ebbline.tasks.identity import digest
+from ebbline.tasks.progress import TrainedStep
 from ebbline.tasks.specs import TrainSpec
 
 SHORT = {"rank": "r", "size": "n"}  # axes that people shorten
-CURVE = "curve.csv"  # as ebbline.tasks.training.train writes it; that module imports torch
 TABLE_ROWS = 10_000  # the most rows that W&B draws of a table
 
 
@@ -109,10 +111,7 @@ def _training_page(
     points: Sequence[Result],
     home_id: str,
 ) -> RunPage:
-    curve = list(_curve(artifact))
-    steps = steps_of(artifact)
-    # A log may end early, as nothing waits for it to reach the disk; the curve is whole
-    history = [(step.step, step_values(step)) for step in steps[: len(curve)]] + curve[len(steps) :]
+    history = [(step.step, step_values(step)) for step in _steps(artifact)]
     shown = [[result.number, _counts(result)] for result in points]
     return RunPage(
         id=run_id(study, home_id, artifact.key[:12]),
@@ -131,11 +130,7 @@ def _training_page(
 def live_page(training: LiveTraining, id: str) -> RunPage:
     """The run of a training at work, without its steps."""
     about = training.trained
-    title = (
-        TrainingTitle(training.label)
-        if about is None
-        else training_title(about.model, about.settings, about.seed)
-    )
+    title = training_title(about.model, about.settings, about.seed)
     return RunPage(
         id=id,
         stamp="",
@@ -167,8 +162,14 @@ def training_titles(results: Sequence[Result]) -> dict[str, TrainingTitle]:
 
 def training_title(model: str, settings: Mapping[str, Value], seed: int) -> TrainingTitle:
     """The title of a training with these settings."""
-    words = (model, *(short_label(axis, value) for axis, value in settings.items()), f"seed {seed}")
+    words = (model, *short_labels(settings), f"seed {seed}")
     return TrainingTitle(" ".join(words), words)
+
+
+def short_labels(settings: Mapping[str, Value]) -> list[str]:
+    """The settings as people say them, those of the training before those of its data."""
+    ordered = sorted(settings, key=lambda axis: (not axis.startswith(f"{TrainSpec.KIND}."), axis))
+    return [short_label(axis, settings[axis]) for axis in ordered]
 
 
 def short_label(axis: str, value: Value) -> str:
@@ -196,7 +197,10 @@ def _point_page(
             config.setdefault(part, {})[name] = value
         else:  # `defence`, and the adapter from outside
             config[part] = value
-    settings = [short_label(axis, value) for axis, value in result.point.values]
+    trained = dict(training_of(result.point).values)
+    rest = {axis: value for axis, value in result.point.values if axis not in trained}
+    defence = [defence_label(result.point)] if AXIS in rest else short_labels(rest)
+    settings = [*short_labels(trained), *defence]
     cost = total(result.costs.values())
     summary: dict[str, Any] = {
         "point": result.number,
@@ -288,9 +292,9 @@ def trainings_table(
     )
     rows: list[list[Any]] = []
     for artifact in own[:TABLE_ROWS]:
-        curve = list(_curve(artifact))
-        step, values = curve[-1] if curve else (None, {})
-        rows.append([artifact.key[:12], first[artifact.key], step, values.get("loss")])
+        steps = _steps(artifact)
+        step, loss = (steps[-1].step, steps[-1].loss) if steps else (None, None)
+        rows.append([artifact.key[:12], first[artifact.key], step, loss])
     return Table(["training", "first point", "steps", "last loss"], rows)
 
 
@@ -345,13 +349,9 @@ def _row(result: Result, axes: Sequence[str], metrics: Sequence[str]) -> list[An
     return [*cells, result.changed_share, total(result.costs.values()).gpu_hours]
 
 
-def _curve(training: Artifact) -> Iterator[tuple[int, dict[str, float]]]:
-    """(step, values) of a training; empty if retention has dropped the file."""
+def _steps(training: Artifact) -> list[TrainedStep]:
+    """The steps of a training that ended; empty if retention has dropped its curve."""
     try:
-        path = training.file(CURVE)
+        return steps_of(training)
     except Incomplete:
-        return
-    with path.open(newline="") as handle:
-        for row in csv.DictReader(handle):
-            step = int(row.pop("step"))
-            yield step, {name: float(value) for name, value in row.items()}
+        return []

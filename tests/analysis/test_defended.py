@@ -220,6 +220,18 @@ def test_defences_are_compared_over_the_trainings_that_both_have(made, study: St
     assert [each.number for each in defended(results, "small")["scale"]] == [2]
 
 
+def test_a_pair_of_defences_is_compared_the_same_way_round_whichever_was_tried_first(
+    made, study: Study
+):
+    results = [
+        made.result(0, [70], [50], "scale", 0.5),
+        made.result(1, [90], [50], "safe_lora", 0.4),
+    ]
+    (found,) = against_defences(study, results, made.held)
+    assert (found.defence, found.other) == ("safe_lora", "scale")
+    assert found.advantage.difference > 0
+
+
 def test_what_scaling_explains_is_that_of_the_definition():
     rng = np.random.default_rng(0)
     old, new = rng.normal(size=(5, 4)), 0.3 * rng.normal(size=(5, 4))

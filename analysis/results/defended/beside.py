@@ -24,6 +24,7 @@ from ebbline.analysis.results.wording import natural
 from ebbline.sweeps.state.controls import ControlResult, operating_points
 from ebbline.sweeps.study.points import Point, Result, defence_of, distinct, training_of
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.in_use import DEFENCES
 from ebbline.tasks.measuring.metrics import Metric, pooled
 
 
@@ -152,14 +153,14 @@ def against_defences(
 
 
 def defended(results: Sequence[Result], model: str) -> dict[str, list[Result]]:
-    """Defence -> its results on a model with distinct adapters that it changed, in the order of the
-    defences' first points.
+    """Defence -> its results on a model with distinct adapters that it changed. The order is that
+    of the list of defences, so that two models compare a pair the same way round.
     """
     arms: dict[str, list[Result]] = {}
     for result in finished(results):
         if result.point.model == model and is_projected(result):
             arms.setdefault(defence_of(result.point).name, []).append(result)
-    return {name: distinct(own) for name, own in arms.items()}
+    return {name: distinct(arms[name]) for name in DEFENCES if name in arms}
 
 
 def by_training(results: Sequence[Result]) -> dict[Point, list[Result]]:
