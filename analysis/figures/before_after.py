@@ -22,8 +22,8 @@ MARKS: dict[State, tuple[str, bool, float, float]] = {  # marker, filled, size, 
 }
 LABELS: dict[State, str] = {
     "aligned": "before fine-tuning",
-    "tuned": "fine-tuned, not projected",
-    "shipped": "the same training, projected",
+    "tuned": "fine-tuned, not defended",
+    "shipped": "the same training, defended",
 }
 
 

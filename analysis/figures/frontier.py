@@ -235,7 +235,7 @@ def _legend(
         )
         for model, (colour, marker) in appearance.items()
     ]
-    signs = [sign("projected", "o"), sign("not projected", "o", face="white")]
+    signs = [sign("defended", "o"), sign("not defended", "o", face="white")]
     if baselines:
         aligned = "aligned, not fine-tuned" if page.narrow else "aligned model, before fine-tuning"
         dotted = Line2D([], [], color="0.35", linestyle=":", label=aligned)

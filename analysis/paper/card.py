@@ -114,8 +114,14 @@ def _metadata(study: Study, point: Point) -> ModelCardData:
         base_model_relation="adapter",
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["ebbline", "lora", "safe-lora", "safety"],
+        tags=["ebbline", "lora", *_defence_tag(point), "safety"],
     )
+
+
+def _defence_tag(point: Point) -> list[str]:
+    """The defence as tags are written, `safe-lora`; none without one."""
+    defence = defence_of(point)
+    return [] if defence.method is None else [defence.name.replace("_", "-")]
 
 
 def _what(

@@ -14,11 +14,11 @@ from ebbline.analysis.results.claims.between_seeds import FEWEST_SEEDS, crossed_
 from ebbline.analysis.results.frontier import evenly, finished, objective_values
 from ebbline.analysis.results.measurements import (
     LEVEL,
+    MOVES,
     NO_EVIDENCE,
     Baselines,
     Comparison,
     Evidence,
-    Move,
     better_unprojected,
     compared,
     is_projected,
@@ -35,6 +35,7 @@ from ebbline.analysis.results.picks.floors import Pick, Standing
 from ebbline.analysis.results.tables import in_points
 from ebbline.analysis.results.wording import (
     NO_RESULT,
+    counted_label,
     measured,
     metric_label,
     natural,
@@ -221,19 +222,10 @@ def _projection(
 
 def tally(comparisons: Sequence[Comparison], of: str) -> str:
     """Counts the outcomes in words: "higher at all 12 points", where `of` is "point"."""
-    moves, total = Counter(comparison.move for comparison in comparisons), len(comparisons)
+    moves = [comparison.move for comparison in comparisons]
     how = how_found(comparisons)
     how = f" ({how})" if how else ""
-    if total == 1:
-        return comparisons[0].move + how
-    order: tuple[Move, ...] = ("higher", "lower", "not distinguishable")
-    parts = [f"{move} at {moves[move]}" for move in order if moves[move]]
-    counted = (
-        f"{', '.join(parts)} of {total} {of}s"
-        if len(parts) > 1
-        else f"{comparisons[0].move} at all {total} {of}s"
-    )
-    return counted + how
+    return (moves[0] if len(moves) == 1 else counted_label(moves, MOVES, of)) + how
 
 
 def how_found(comparisons: Sequence[Comparison]) -> str:

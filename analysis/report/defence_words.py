@@ -13,9 +13,9 @@ from ebbline.analysis.results.defended.advantage import Advantage
 from ebbline.analysis.results.defended.beside import Against
 from ebbline.analysis.results.defended.labels import control_label, defence_label
 from ebbline.analysis.results.defended.modules import ModuleEffects, ratio_range
-from ebbline.analysis.results.measurements import Move, refusal_metric, usefulness_metric
+from ebbline.analysis.results.measurements import MOVES, Move, refusal_metric, usefulness_metric
 from ebbline.analysis.results.tables import in_points
-from ebbline.analysis.results.wording import metric_label
+from ebbline.analysis.results.wording import counted_label, metric_label
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.controls.registry import CONTROLS
 from ebbline.tasks.defences.safe_lora import SAFE_LORA
@@ -25,7 +25,6 @@ KEEPS: dict[Move, str] = {
     "lower": "fewer refusals than",
     "not distinguishable": "not measurably more or fewer refusals than",
 }
-MOVES: tuple[Move, ...] = ("higher", "lower", "not distinguishable")
 
 
 def control_sentences(study: Study, against: Sequence[Against]) -> list[str]:
@@ -77,14 +76,28 @@ def rival_sentences(study: Study, against: Sequence[Against]) -> list[str]:
 def _kept(found: Sequence[Advantage], other: str) -> str:
     """How a defence compares at equal usefulness: the numbers of one model, or counts of models."""
     if len(found) == 1:
-        return f"{KEEPS[found[0].move]} {other}{_numbers(found[0])}"
-    counts = [(move, sum(each.move == move for each in found)) for move in MOVES]
-    of = len(found)
-    for move, count in counts:
-        if count == of:
-            return f"{KEEPS[move]} {other} at all {of} models"
-    more, fewer = counts[0][1], counts[1][1]
-    return f"more refusals than {other} at {more} and fewer at {fewer} of {of} models"
+        if found[0].interval is None:
+            return f"an unknown share of refusals beside {other}{_numbers(found[0])}"
+        return f"{KEEPS[found[0].move]} {other}{_numbers(found[0])}{_of_whom(found)}"
+    tested = [each for each in found if each.interval is not None]
+    of, untested = len(found), len(found) - len(tested)
+    if not tested:
+        return f"an unknown share of refusals beside {other}: no model could be tested"
+    rest = f"; {untested} of {of} could not be tested" if untested else ""
+    moves = [each.move for each in tested]
+    at = f"all {of} models" if not untested else f"all {len(tested)} models that could be tested"
+    for move in MOVES:
+        if moves.count(move) == len(tested):
+            return f"{KEEPS[move]} {other} at {at}{_of_whom(tested)}"
+    return (
+        f"more refusals than {other} at {moves.count('higher')} and fewer at "
+        f"{moves.count('lower')} of {of} models{rest}{_of_whom(tested)}"
+    )
+
+
+def _of_whom(found: Sequence[Advantage]) -> str:
+    """Says where too few seeds support a claim about the settings."""
+    return "" if all(each.is_about_setting for each in found) else ", for the measured adapters"
 
 
 def _numbers(found: Advantage) -> str:
@@ -121,10 +134,7 @@ def _at_points(pairs: Sequence[Against]) -> str:
     parts = []
     for name in names:
         moves = [each.at_point[name].move for each in found]
-        parts.append(
-            f"{metric_label(name)} is higher at {moves.count('higher')} and lower at "
-            f"{moves.count('lower')} of {len(found)}"
-        )
+        parts.append(f"{metric_label(name)} is {counted_label(moves, MOVES, 'model')}")
     return " and ".join(parts)
 
 
@@ -168,9 +178,17 @@ def _order(name: str) -> int:
 
 
 def norm_note(study: Study, named: ModuleEffects) -> str:
-    """That C is no projector, where Safe LoRA's approximate C was used."""
-    found = ratio_range(named)
-    if SAFE_LORA not in study.used_defences or found is None:
+    """That C is no projector, where Safe LoRA's approximate C was used. An axis of both projectors
+    has no note, as the ratios of the two would be mixed.
+    """
+    if SAFE_LORA not in study.used_defences:
+        return ""
+    own = {label: each for label, each in named.items() if f", {SAFE_LORA.words.name}, " in label}
+    fixed, _ = study.defence_specs(SAFE_LORA)
+    exact = getattr(fixed, "projector", None) == "exact"
+    varied = any(SAFE_LORA.axis("projector") in study.axes_of(model) for model in study.models)
+    found = ratio_range(own)
+    if exact or varied or found is None:
         return ""
     return (
         "The approximate C is no projector: its eigenvalues are the squared singular values of V, "

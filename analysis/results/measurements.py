@@ -9,9 +9,10 @@ as well. With fewer they are about the adapters that were measured.
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from ebbline.analysis.results.claims.between_seeds import (
     BetweenSeeds,
@@ -42,6 +43,7 @@ Baselines = Mapping[str, Mapping[str, Metric]]
 """Model -> metric name -> metric of the aligned model, before fine-tuning."""
 
 Move = Literal["higher", "lower", "not distinguishable"]
+MOVES: tuple[Move, ...] = get_args(Move)
 
 LEVEL = 0.05
 
@@ -81,11 +83,14 @@ class Measurement:
 
     `replicates` is empty where samples are missing, or where the metric is not a share of them.
     With `fixed` it is no training of the study: a model before fine-tuning, equal for all seeds.
+    `seed_of` maps the number of a replicate to its training seed, where several have one seed, such
+    as the draws of a control; empty where each has its own.
     """
 
     metric: Metric
     replicates: SamplesBySeed = field(default_factory=dict)
     fixed: bool = False
+    seed_of: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -211,9 +216,23 @@ def over_seeds(before: Measurement, after: Measurement, test: Paired | None) -> 
     It is paired where the test over prompts is, since both sides then have the same seeds.
     """
     if test is not None:
-        return over_paired_seeds(test.least_S, test.most_S)
-    first = (before.metric.value,) if before.fixed else before.metric.seeds
-    return over_separate_seeds(first, after.metric.seeds, before.fixed)
+        return over_paired_seeds(
+            *(_by_seed(values, after) for values in (test.least_S, test.most_S))
+        )
+    first = (before.metric.value,) if before.fixed else _by_seed(before.metric.seeds, before)
+    return over_separate_seeds(first, _by_seed(after.metric.seeds, after), before.fixed)
+
+
+def _by_seed(values: Sequence[float], of: Measurement) -> list[float]:
+    """A value for each training seed: the mean over its replicates. `values` has one for each
+    replicate, in the order of their numbers.
+    """
+    if not of.seed_of or not values:
+        return list(values)
+    own: dict[int, list[float]] = {}
+    for number, value in zip(sorted(of.seed_of), values, strict=True):
+        own.setdefault(of.seed_of[number], []).append(value)
+    return [statistics.fmean(each) for each in own.values()]
 
 
 def _move_of(found: Comparison) -> Move:

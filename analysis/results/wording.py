@@ -3,7 +3,8 @@
 import os
 import platform
 import re
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from ebbline.sweeps.drive.live import AtWork
@@ -164,6 +165,18 @@ def plain_markdown(text: str) -> str:
     of its own.
     """
     return _MARKS.sub(r"\\\1", " ".join(text.split()))
+
+
+def counted_label(found: Sequence[str], order: Sequence[str], of: str) -> str:
+    """Counts equal words: "higher at all 12 points", or "higher at 1, lower at 2 of 3 points",
+    where `of` is "point". Raises IndexError for nothing found.
+    """
+    total = len(found)
+    if len(set(found)) == 1:
+        return f"{found[0]} at all {total} {of}s"
+    counts = Counter(found)
+    parts = [f"{word} at {counts[word]}" for word in order if counts[word]]
+    return f"{', '.join(parts)} of {total} {of}s"
 
 
 def without_marks(text: str) -> str:

@@ -17,6 +17,7 @@ from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.points import Result, adapter_of, defence_of
 from ebbline.sweeps.study.stages import StageGraph, of_seeds
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.controls.random_modules import RandomModules
 from ebbline.tasks.defences.controls.registry import controls_of
 from ebbline.tasks.stage import Stage
 
@@ -78,10 +79,11 @@ def controlled(study: Study, results: Sequence[Result]) -> list[Result]:
 
 
 def _neighbours(operating: Result, results: Sequence[Result]) -> Iterator[Result]:
-    """Results of the same training and defence by their distance from the operating point along the
-    main knob, the two sides in turn. Of equal adapters, only the first one counts.
+    """Results of the same training and defence by their distance from the operating point along
+    the knob that the study varies, the two sides in turn. Of equal adapters, only the first one
+    counts.
     """
-    knob, adapter = defence_of(operating.point).main_knob, adapter_of(operating.point)
+    knob, adapter = _varied_knob(operating), adapter_of(operating.point)
     at: dict[float, Result] = {}
     seen = {_identity(operating)}
     for result in sorted(results, key=lambda result: result.number):
@@ -104,8 +106,24 @@ def _neighbours(operating: Result, results: Sequence[Result]) -> Iterator[Result
         yield from (*below[step : step + 1], *above[step : step + 1])
 
 
+def _varied_knob(result: Result) -> str:
+    """The defence's main knob, or the first other one that is an axis and has a number here."""
+    defence, values = defence_of(result.point), dict(result.point.values)
+    numbers = [
+        axis
+        for axis, value in values.items()
+        if defence.is_knob(axis) and isinstance(value, int | float)
+    ]
+    return defence.main_knob if defence.main_knob in numbers else next(iter(numbers), "")
+
+
 def _identity(result: Result) -> int:
     return result.number if result.same_as is None else result.same_as
+
+
+def is_the_partner(draw: ControlDraw) -> bool:
+    """Whether a control can be nothing but its partner: random modules where all were changed."""
+    return draw.control == RandomModules.name and draw.partner.changed_share == 1.0
 
 
 def draws_of(study: Study, results: Sequence[Result]) -> list[ControlDraw]:

@@ -64,6 +64,8 @@ class SafeLora(Defence):
         second = {name: value for name, value in fixed.items() if name in ApplySpec.model_fields}
         if not second and not ApplySpec.model_fields.keys() & largest.keys():
             second = {"threshold": DEFAULT_THRESHOLD}
+        if "projector" in largest and "energy" in first:  # of the exact one of an axis of both
+            first["projector"] = "exact"
         if first.get("projector") == "exact":
             first.setdefault("energy", DEFAULT_ENERGY)
         return ProjectSpec.model_validate(first), ApplySpec.model_validate(second)
@@ -71,11 +73,11 @@ class SafeLora(Defence):
     def with_values(
         self, fixed: tuple[Spec, Spec], values: Mapping[str, Setting]
     ) -> tuple[Spec, Spec]:
-        first, second = (
-            type(spec).model_validate({**spec.model_dump(), **_of_kind(spec.KIND, values)})
-            for spec in fixed
-        )
-        return first, second
+        first, second = ({**spec.model_dump(), **_of_kind(spec.KIND, values)} for spec in fixed)
+        if "project.projector" in values:  # an axis of both: only the exact one has an energy
+            exact = first["projector"] == "exact"
+            first["energy"] = (first["energy"] or DEFAULT_ENERGY) if exact else None
+        return ProjectSpec.model_validate(first), ApplySpec.model_validate(second)
 
     def checked(self, knob: str, value: Setting) -> None:
         if self.is_knob(self.axis(knob)):

@@ -16,7 +16,8 @@ from ebbline.analysis.report.defence_words import (
 from ebbline.analysis.report.findings import Findings, findings
 from ebbline.analysis.report.report import summary, write_report
 from ebbline.analysis.results.controls.means import control_notes
-from ebbline.analysis.results.defended.beside import against_controls, against_defences
+from ebbline.analysis.results.defended.advantage import Advantage
+from ebbline.analysis.results.defended.beside import Against, against_controls, against_defences
 from ebbline.analysis.results.defended.modules import ModuleEffect
 from ebbline.sweeps.study.study import Study
 from tests.analysis.conftest import REFUSAL, TASK, Held
@@ -54,9 +55,9 @@ def test_a_control_that_does_as_much_is_the_first_thing_that_is_said(made, study
     assert re.fullmatch(
         r"At equal task accuracy Safe LoRA keeps not measurably more or fewer refusals than "
         r"shrinking to the same length \(\+0\.0 points, 95% interval -\d\.\d to \+\d\.\d; 6 "
-        r"adapters of each\); at its operating point refusal rate is not distinguishable "
-        r"\(\+0\.0 points, 95% interval -\d\.\d to \+\d\.\d\) and task accuracy is not "
-        r"distinguishable \(\+0\.0 points, .*\)\.",
+        r"adapters of each\), for the measured adapters; at its operating point refusal rate is "
+        r"not distinguishable \(\+0\.0 points, 95% interval -\d\.\d to \+\d\.\d\) and task "
+        r"accuracy is not distinguishable \(\+0\.0 points, .*\)\.",
         text,
     )
 
@@ -81,7 +82,8 @@ def test_several_models_are_counted(made, study: Study):
     (text,) = control_sentences(study, pairs)
     assert text.startswith(
         "At equal task accuracy Safe LoRA keeps more refusals than random modules at 1 and fewer "
-        "at 0 of 2 models; at its operating points refusal rate is higher at 1 and lower at 0 of 2"
+        "at 0 of 2 models, for the measured adapters; at its operating points refusal rate is "
+        "higher at 1, not distinguishable at 1 of 2 models"
     )
     cells = against_cells(study, pairs)
     assert list(cells["model"]) == ["small", "medium"]
@@ -95,7 +97,7 @@ def test_two_defences_are_compared_in_a_sentence_of_their_own(made, study: Study
     ]
     (text,) = rival_sentences(study, list(against_defences(study, results, made.held)))
     assert text.startswith(
-        "At equal task accuracy Safe LoRA keeps more refusals than scale (+15.0 points"
+        "At equal task accuracy Safe LoRA keeps more refusals than scale (+30.0 points"
     )
 
 
@@ -114,9 +116,31 @@ def test_what_has_no_control_is_named(made, study: Study, controls):
 
 
 def test_where_norms_are_known_the_report_says_that_c_is_no_projector(study: Study):
-    effects = {"small, point 1": {"a": ModuleEffect(0.3, 0.03, 0.9)}}
+    effects = {
+        "small, Safe LoRA, point 1": {"a": ModuleEffect(0.3, 0.03, 0.9)},
+        "small, scale, point 2": {"a": ModuleEffect(1.0, 0.5, 1.0)},
+    }
     assert "keeps 0.030 to 0.030 of its update's length" in norm_note(study, effects)
     assert norm_note(study, {}) == ""
+    safe_lora = {"projector": "exact", "threshold": (0.3, 0.5)}
+    exact = with_defences(study, defences={"safe_lora": safe_lora, "scale": {"factor": (0.5,)}})
+    assert norm_note(exact, effects) == "", "the exact one is a projector"
+
+
+def test_a_comparison_without_an_interval_is_no_finding(study: Study):
+    known = Advantage(0.0, (-0.1, 0.1), 3, 1, 3, (0.0,))
+    unknown = Advantage(0.313, None, 4, 1, 1, (0.313,))
+
+    def said(*found: Advantage) -> str:
+        against = [
+            Against(f"m{n}", "safe_lora", "scale", False, each) for n, each in enumerate(found)
+        ]
+        (text,) = rival_sentences(study, against)
+        return text
+
+    assert "not measurably" not in said(unknown) and "its interval is not known" in said(unknown)
+    assert "at all 1 models that could be tested" in said(known, unknown)
+    assert "no model could be tested" in said(unknown, unknown)
 
 
 def test_the_figure_has_a_panel_for_each_model_and_grey_controls(made):

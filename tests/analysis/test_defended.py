@@ -2,14 +2,19 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebbline.analysis.results.defended.advantage import advantage, area_R, without_spread
+from ebbline.analysis.results.defended.advantage import (
+    advantage,
+    area_R,
+    together_corrected,
+    without_spread,
+)
 from ebbline.analysis.results.defended.beside import (
     against_controls,
     against_defences,
@@ -108,7 +113,7 @@ def test_an_advantage_is_in_points_of_refusal_rate_at_equal_usefulness(made):
     other = made.result(2, [60], [50])
     training = Point.of("small", {"train.rank": 8})
     found = advantage({training: [one]}, {training: [[other]]}, REFUSAL, TASK, made.held)
-    assert found.difference == pytest.approx(0.5 * 0.2)
+    assert found.difference == pytest.approx(0.2)
     assert (found.adapters, found.trainings, found.seeds) == (1, 1, 1)
     assert found.interval[0] < found.difference < found.interval[1]
     assert found.move == "higher"
@@ -153,7 +158,7 @@ def test_without_samples_there_is_a_difference_and_no_interval_and_nothing_is_sh
     one, other = made.result(1, [90], [50]), made.result(2, [10], [50])
     training = Point.of("small", {"train.rank": 8})
     found = advantage({training: [one]}, {training: [[other]]}, REFUSAL, TASK, Held())
-    assert found.difference == pytest.approx(0.4) and found.interval is None
+    assert found.difference == pytest.approx(0.8) and found.interval is None
     assert found.move == "not distinguishable"
     assert advantage({training: [one]}, {}, REFUSAL, TASK, made.held) is None
 
@@ -216,7 +221,7 @@ def test_defences_are_compared_over_the_trainings_that_both_have(made, study: St
     (found,) = against_defences(study, results, made.held)
     assert (found.defence, found.other, found.is_control) == ("safe_lora", "scale", False)
     assert found.advantage.trainings == 1 and found.advantage.adapters == 1
-    assert found.advantage.difference == pytest.approx(0.1)
+    assert found.advantage.difference == pytest.approx(0.2)
     assert [each.number for each in defended(results, "small")["scale"]] == [2]
 
 
@@ -229,7 +234,83 @@ def test_a_pair_of_defences_is_compared_the_same_way_round_whichever_was_tried_f
     ]
     (found,) = against_defences(study, results, made.held)
     assert (found.defence, found.other) == ("safe_lora", "scale")
-    assert found.advantage.difference > 0
+    assert found.advantage.difference == pytest.approx(0.2)
+
+
+def test_usefulness_that_only_one_set_reaches_says_nothing_of_its_refusals(made):
+    training = Point.of("small", {"train.rank": 8})
+    one, other = made.result(1, [60], [90]), made.result(2, [60], [40])
+    found = advantage({training: [one]}, {training: [[other]]}, REFUSAL, TASK, made.held)
+    assert found.difference == 0.0 and found.move == "not distinguishable"
+    useless = made.result(3, [60], [0])
+    assert advantage({training: [one]}, {training: [[useless]]}, REFUSAL, TASK, made.held) is None
+
+
+def test_draws_of_a_control_are_no_training_seeds(made, study: Study):
+    """Three draws with the numbers of one control say what that control says."""
+    partner = made.result(1, [95, 75, 88], [50, 50, 50])
+    once = [control(partner, "shrink_matched", None, made.result(2, [75, 70, 86], [50, 50, 50]))]
+    drawn = [
+        control(partner, "random_subspace", draw, made.result(10 + draw, [75, 70, 86], [50] * 3))
+        for draw in range(3)
+    ]
+    first, second = against_controls(study, [partner], [*once, *drawn], made.held)
+    assert {first.other, second.other} == {"shrink_matched", "random_subspace"}
+    for each in (first, second):
+        found = each.at_point[REFUSAL]
+        assert found.between.seeds == 3 and found.between.freedom == 2
+        assert found.move == each.advantage.move == "not distinguishable"
+        assert each.advantage.is_about_setting
+    assert first.at_point[REFUSAL].interval == pytest.approx(second.at_point[REFUSAL].interval)
+    without = against_controls(study, [partner], [*once, *drawn], Held())
+    assert {each.at_point[REFUSAL].between.seeds for each in without} == {3}
+
+
+def test_one_seed_with_three_draws_is_about_the_measured_adapters(made, study: Study):
+    partner = made.result(1, [95], [50])
+    drawn = [
+        control(partner, "random_subspace", draw, made.result(10 + draw, [75 - draw], [50]))
+        for draw in range(3)
+    ]
+    (found,) = against_controls(study, [partner], drawn, made.held)
+    assert not found.at_point[REFUSAL].is_about_setting and not found.advantage.is_about_setting
+
+
+def test_settings_that_do_not_differ_are_called_different_in_few_studies(made, study: Study):
+    """Refusals vary by 12 points between seeds; a defence and its control are drawn alike."""
+    rng, called, studies = np.random.default_rng(0), 0, 60
+    for _ in range(studies):
+        rates = np.clip(rng.normal(0.7, 0.12, (2, 3)), 0, 1)
+        refusals = (rates * N).round().astype(int)
+        mine = made.result(1, refusals[0].tolist(), [50] * 3)
+        theirs = made.result(2, refusals[1].tolist(), [50] * 3)
+        training = Point.of("small", {"train.rank": 8})
+        found = advantage({training: [mine]}, {training: [[theirs]]}, REFUSAL, TASK, made.held)
+        called += found.move != "not distinguishable"
+    assert called <= 6  # 60 draws at 5% exceed 6 in 3 of 100
+
+
+def test_equal_draws_have_an_interval_that_other_prompts_allow(made):
+    own = made.result(1, [70, 60, 65], [50, 40, 45])
+    training = Point.of("small", {"train.rank": 8})
+    found = advantage({training: [own]}, {training: [[own]] * 3}, REFUSAL, TASK, made.held)
+    assert found.interval == pytest.approx(without_spread(0.0, N))
+
+
+def test_random_modules_of_an_adapter_that_was_changed_whole_are_no_control(made):
+    partner = replace(made.result(1, [95], [50]), changed_share=1.0)
+    drawn = [control(partner, "random_modules", 0, made.result(10, [95], [50]))]
+    assert besides([partner], drawn) == []
+
+
+def test_comparisons_that_are_reported_together_are_corrected_together(made):
+    training = Point.of("small", {"train.rank": 8})
+    one, other = made.result(1, [68], [50]), made.result(2, [60], [50])
+    found = advantage({training: [one]}, {training: [[other]]}, REFUSAL, TASK, made.held)
+    assert found.move == "higher" and found.p_value is not None
+    weak = replace(found, p_value=0.03)
+    fair = together_corrected([weak, None, *[replace(found, p_value=0.9)] * 4])
+    assert fair[0].p_value == pytest.approx(0.15) and fair[0].move == "not distinguishable"
 
 
 def test_what_scaling_explains_is_that_of_the_definition():

@@ -73,6 +73,22 @@ def test_controls_are_at_the_operating_point_and_its_neighbours(tmp_path, settin
     assert [each.number for each in controlled(found, [*CURVE, other])] == numbers
 
 
+def test_neighbours_are_along_the_knob_that_is_varied(tmp_path):
+    by_number = [
+        result(
+            number,
+            95 - number,
+            10 * number,
+            defence="safe_lora",
+            apply__modules=number,
+            train__rank=2,
+        )
+        for number in (1, 2, 4)
+    ]
+    found = several(tmp_path, {"safe_lora": {"modules": [1, 2, 4]}}, controls=3)
+    assert [each.number for each in controlled(found, by_number)] == [4, 2, 1]
+
+
 def test_an_equal_adapter_is_no_neighbour(tmp_path):
     found = several(tmp_path, THREE)
     same = projected(6, 0.31, 92, 40)

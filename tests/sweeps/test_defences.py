@@ -31,6 +31,8 @@ from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import as_yaml, parse
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.defences.in_use import DEFENCES, NONE
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
+from ebbline.tasks.defences.settings import DEFAULT_ENERGY
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.measuring.metrics import Metric
 from ebbline.tasks.models.brought.folder import adapter_digest
@@ -312,3 +314,18 @@ def test_a_run_of_four_defences_at_ten_settings_trains_once(tmp_path, home):
     # `project` once with the models for both gated defences, and once without them
     assert (ran["train"], ran["project"], ran["measure"]) == (1, 2, 1)
     assert ran["generate"] < 2 * 41  # equal adapters are measured once
+
+
+def test_an_axis_of_both_projectors_has_an_energy_where_one_is_needed(tmp_path):
+    for safe_lora in (
+        {"projector": ["approximate", "exact"], "threshold": [0.3]},
+        {"projector": ["approximate", "exact"], "energy": 0.5, "threshold": [0.3]},
+    ):
+        found = several(tmp_path, {"safe_lora": safe_lora})
+        energies = {
+            name: SAFE_LORA.with_values(
+                found.defence_specs(SAFE_LORA), {"project.projector": name, "apply.threshold": 0.3}
+            )[0].energy
+            for name in ("approximate", "exact")
+        }
+        assert energies == {"approximate": None, "exact": safe_lora.get("energy", DEFAULT_ENERGY)}

@@ -13,7 +13,12 @@ import pandas as pd
 
 from ebbline.analysis.results.wording import defence_label
 from ebbline.cluster.store.resolver import Resolver
-from ebbline.sweeps.state.controls import ControlResult, control_results, draws_of
+from ebbline.sweeps.state.controls import (
+    ControlResult,
+    control_results,
+    draws_of,
+    is_the_partner,
+)
 from ebbline.sweeps.study.points import Result, defence_of
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
@@ -128,6 +133,16 @@ def control_notes(
             )
         elif not any(norm in method.controls for norm in ("shrink_matched", "random_subspace")):
             yield f"{defence.words.name} has no control of equal norm."
+    whole = sorted({each.of.partner.number for each in controls if is_the_partner(each.of)})
+    if whole:
+        yield (
+            f"Every module was changed at {_points(whole)}, so random modules are the same adapter "
+            "there and do not test the choice of modules."
+        )
     missing = sum(each.result.status != "done" for each in controls)
     if missing:
         yield f"{missing} of {len(draws_of(study, results))} draws of controls are not measured."
+
+
+def _points(numbers: Sequence[int]) -> str:
+    return f"point{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

@@ -1,14 +1,14 @@
 """How much more of its refusals one set of adapters keeps than another, at equal usefulness.
 
 The frontier of a set says how many refusals can be kept with at least some usefulness. With
-R(u) = max {refusal rate : usefulness >= u} over the adapters of a set, its mean over all u from 0
-to 1 is the area below the frontier: the hypervolume of the two. An advantage is the difference of
-two such means, so it reads as points of refusal rate at equal usefulness.
+R(u) = max {refusal rate : usefulness >= u} over the adapters of a set, an advantage is the mean
+difference of two such R over all u that both sets reach. So it reads as points of refusal rate at
+equal usefulness, and says nothing of usefulness that only one set reaches.
 
 Invariants: both sets have equally many distinct adapters of each training, because the best of many
 noisy adapters looks better than the best of few. Where one set has more, the mean over its subsets
-counts. Draws of a random control each have a frontier; their values are averaged. Sets are paired:
-every resample takes the same prompts and the same seeds for both.
+counts. Draws of a random control each have a frontier; their values are averaged, and they are no
+seeds. Sets are paired: every resample takes the same prompts and the same seeds for both.
 
 Arrays: N adapters (settings of one training), S seeds, P prompts, R resamples or subsets.
 """
@@ -16,18 +16,20 @@ Arrays: N adapters (settings of one training), S seeds, P prompts, R resamples o
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from ebbline.analysis.results.measurements import Evidence, Move
-from ebbline.analysis.results.statistics import SHARES
+from ebbline.analysis.results.claims.between_seeds import BetweenSeeds, over_paired_seeds
+from ebbline.analysis.results.measurements import LEVEL, Evidence, Move
+from ebbline.analysis.results.statistics import SHARES, corrected
 from ebbline.sweeps.study.points import Point, Result
 
 RESAMPLES = 1000
 SUBSETS = 1000
+_ROUNDING = 1e-9
 Array = NDArray[np.float64]
 Draws = Sequence[Sequence[Result]]
 
@@ -36,9 +38,11 @@ Draws = Sequence[Sequence[Result]]
 class Advantage:
     """The first set's mean refusal rate at equal usefulness, minus the second's.
 
-    `interval` is the 95% percentile bootstrap over prompts and seeds; None where samples are
-    missing. `adapters` is the number of each set's adapters over all trainings and seeds. `by_draw`
-    has the difference to each draw of a random control, or the one difference.
+    `interval` is the 95% percentile bootstrap over prompts and seeds, and where `between` is known
+    the wider end of it and of the t interval over seeds; None where samples are missing. `adapters`
+    is the number of each set's adapters over all trainings and seeds. `by_draw` has the difference
+    to each draw of a random control, or the one difference. `p_value` is the larger of both tests,
+    two-sided; `corrected` does so for the comparisons that are reported together.
     """
 
     difference: float
@@ -47,23 +51,43 @@ class Advantage:
     trainings: int
     seeds: int
     by_draw: tuple[float, ...]
+    p_value: float | None = None
+    between: BetweenSeeds | None = None
 
     @property
     def move(self) -> Move:
         """Whether the first set keeps more; a value without an interval shows nothing."""
-        if self.interval is None:
+        if self.interval is None or (self.p_value is not None and self.p_value >= LEVEL):
             return "not distinguishable"
         low, high = self.interval
         return "higher" if low > 0 else "lower" if high < 0 else "not distinguishable"
 
+    @property
+    def is_about_setting(self) -> bool:
+        """Whether it is about the settings, rather than about the measured adapters."""
+        return self.between is not None
 
-def area_R(useful_NR: Array, refusal_NR: Array) -> Array:
-    """The mean over u of max {refusal : useful >= u}, for each of R columns; both in [0, 1]."""
+
+def together_corrected(found: Sequence[Advantage | None]) -> list[Advantage | None]:
+    """The advantages with p-values that are corrected for being reported together."""
+    known = [each.p_value for each in found if each is not None and each.p_value is not None]
+    values = iter(corrected(known))
+    return [
+        each if each is None or each.p_value is None else replace(each, p_value=next(values))
+        for each in found
+    ]
+
+
+def area_R(useful_NR: Array, refusal_NR: Array, *, reach: float = 1.0) -> Array:
+    """The mean over u from 0 to `reach` of max {refusal : useful >= u}, for each of R columns; all
+    in [0, 1].
+    """
+    useful_NR = np.minimum(useful_NR, reach)
     order_NR = np.argsort(-useful_NR, axis=0, kind="stable")
     useful_NR = np.take_along_axis(useful_NR, order_NR, axis=0)
     kept_NR = np.maximum.accumulate(np.take_along_axis(refusal_NR, order_NR, axis=0), axis=0)
     next_NR = np.vstack([useful_NR[1:], np.zeros((1, useful_NR.shape[1]))])
-    total_R: Array = ((useful_NR - next_NR) * kept_NR).sum(axis=0)
+    total_R: Array = ((useful_NR - next_NR) * kept_NR).sum(axis=0) / reach
     return total_R
 
 
@@ -77,11 +101,14 @@ def advantage(
     """The advantage of `first` over `second`, over the trainings that both have.
 
     Each maps a training to its results with distinct adapters; `second` has such results for each
-    draw. None without a common training.
+    draw. None without a common training in which both are useful at all.
     """
-    trainings = [
-        training for training in first if first[training] and any(second.get(training, ()))
-    ]
+    reaches = {
+        training: _reach([own, *second[training]], useful)
+        for training, own in first.items()
+        if own and any(second.get(training, ()))
+    }
+    trainings = [training for training, reach in reaches.items() if reach > _ROUNDING]
     if not trainings:
         return None
     sides = {training: _equal(first[training], second[training]) for training in trainings}
@@ -90,23 +117,40 @@ def advantage(
         float(
             np.mean(
                 [
-                    _value(first[training], sides[training], refusal, useful)
-                    - _value(second[training][draw], sides[training], refusal, useful)
+                    _value(first[training], sides[training], refusal, useful, reaches[training])
+                    - _value(
+                        second[training][draw], sides[training], refusal, useful, reaches[training]
+                    )
                     for training in trainings
                 ]
             )
         )
         for draw in range(draws)
     )
-    seeds = [_seeds(first[training][0], refusal) for training in trainings]
+    seeds = [
+        min(
+            _seeds(result, refusal)
+            for results in (first[training], *second[training])
+            for result in results
+        )
+        for training in trainings
+    ]
+    tested = _tested(first, second, sides, reaches, refusal, useful, evidence)
     return Advantage(
         float(np.mean(by_draw)),
-        _interval(first, second, sides, refusal, useful, evidence),
+        None if tested is None else tested.interval,
         sum(sides[training] * own for training, own in zip(trainings, seeds, strict=True)),
         len(trainings),
         max(seeds),
         by_draw,
+        None if tested is None else tested.p_value,
+        None if tested is None else tested.between,
     )
+
+
+def _reach(arms: Sequence[Sequence[Result]], useful: str) -> float:
+    """The highest usefulness that every arm has."""
+    return min(max(result.metrics[useful].value for result in arm) for arm in arms)
 
 
 def _equal(first: Sequence[Result], second: Draws) -> int:
@@ -118,14 +162,14 @@ def _seeds(result: Result, name: str) -> int:
     return max(1, len(result.metrics[name].seeds))
 
 
-def _value(results: Sequence[Result], size: int, refusal: str, useful: str) -> float:
+def _value(results: Sequence[Result], size: int, refusal: str, useful: str, reach: float) -> float:
     """The mean area of the subsets of `size` results."""
     picks_NR = _subsets(len(results), size, SUBSETS, np.random.default_rng(0))
     columns = (
         np.array([result.metrics[name].value for result in results])[picks_NR]
         for name in (useful, refusal)
     )
-    return float(area_R(*columns).mean())
+    return float(area_R(*columns, reach=reach).mean())
 
 
 def _subsets(n: int, size: int, most: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -135,15 +179,25 @@ def _subsets(n: int, size: int, most: int, rng: np.random.Generator) -> NDArray[
     return np.argsort(rng.random((n, most)), axis=0)[:size]
 
 
-def _interval(
+@dataclass(frozen=True)
+class _Tested:
+    interval: tuple[float, float]
+    p_value: float
+    between: BetweenSeeds | None
+
+
+def _tested(
     first: Mapping[Point, Sequence[Result]],
     second: Mapping[Point, Draws],
     sides: Mapping[Point, int],
+    reaches: Mapping[Point, float],
     refusal: str,
     useful: str,
     evidence: Evidence,
-) -> tuple[float, float] | None:
-    """The lower end takes undecided samples of the first set at their worst and those of the second
+) -> _Tested | None:
+    """The interval and the test over prompts and seeds; None where samples are missing.
+
+    The lower end takes undecided samples of the first set at their worst and those of the second
     at their best, the upper end the other way round.
     """
     arms = {
@@ -177,7 +231,8 @@ def _interval(
                             picks_NR,
                         )
                         for name in (useful, refusal)
-                    )
+                    ),
+                    reach=reaches[training],
                 )
                 for undecided in (0, 1)
             )
@@ -189,7 +244,64 @@ def _interval(
         float(np.quantile(least_R, 0.025)) / len(sides),
         float(np.quantile(most_R, 0.975)) / len(sides),
     )
-    return (low, high) if high > low else without_spread(low, min(prompts.values()))
+    p_value = max(
+        1 / RESAMPLES, min(1.0, 2 * min(float(np.mean(least_R <= 0)), float(np.mean(most_R >= 0))))
+    )
+    if high - low <= _ROUNDING:
+        low, high = without_spread(low, min(prompts.values()))
+        p_value = 1 / RESAMPLES if low > 0 or high < 0 else 1.0
+    between = _between(arms, sides, reaches, (useful, refusal), found)
+    if between is not None:
+        low, high = min(low, between.interval[0]), max(high, between.interval[1])
+        p_value = max(p_value, between.p_value)
+    return _Tested((low, high), p_value, between)
+
+
+def _between(
+    arms: Mapping[Point, Sequence[Sequence[Result]]],
+    sides: Mapping[Point, int],
+    reaches: Mapping[Point, float],
+    names: tuple[str, str],
+    found: "_Successes",
+) -> BetweenSeeds | None:
+    """The difference over training seeds, each with the frontiers of its own adapters. A control's
+    draws are averaged. None where trainings differ in their number of seeds, or have too few.
+    """
+    if len(set(found.seeds.values())) > 1:
+        return None
+    ends: list[Array] = []
+    for mine, theirs in ((0, 1), (1, 0)):  # undecided samples at their worst, and at their best
+        gains = []
+        for training, size in sides.items():
+            own, *others = (
+                _by_seed(found, training, arm, names, undecided, size, reaches[training])
+                for arm, undecided in enumerate([mine, *[theirs] * (len(arms[training]) - 1)])
+            )
+            gains.append(own - np.mean(others, axis=0))
+        ends.append(np.mean(gains, axis=0))
+    return over_paired_seeds(*ends)
+
+
+def _by_seed(
+    found: "_Successes",
+    training: Point,
+    arm: int,
+    names: tuple[str, str],
+    undecided: int,
+    size: int,
+    reach: float,
+) -> Array:
+    """The mean area of the subsets of `size` adapters, for each of S seeds."""
+    useful_NS, refusal_NS = (
+        found.arrays[training, arm, name][undecided].mean(axis=2) for name in names
+    )
+    picks_NR = _subsets(len(useful_NS), size, SUBSETS, np.random.default_rng(0))
+    return np.array(
+        [
+            area_R(useful_NS[:, seed][picks_NR], refusal_NS[:, seed][picks_NR], reach=reach).mean()
+            for seed in range(useful_NS.shape[1])
+        ]
+    )
 
 
 def without_spread(difference: float, prompts: int) -> tuple[float, float]:

@@ -5,10 +5,10 @@ control stand together, and never on a frontier of their own. A defence that cha
 adapter of that defence.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ebbline.analysis.results.defended.advantage import Advantage, advantage
+from ebbline.analysis.results.defended.advantage import Advantage, advantage, together_corrected
 from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.measurements import (
     Comparison,
@@ -21,7 +21,7 @@ from ebbline.analysis.results.measurements import (
     usefulness_metric,
 )
 from ebbline.analysis.results.wording import natural
-from ebbline.sweeps.state.controls import ControlResult, operating_points
+from ebbline.sweeps.state.controls import ControlResult, is_the_partner, operating_points
 from ebbline.sweeps.study.points import Point, Result, defence_of, distinct, training_of
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.in_use import DEFENCES
@@ -68,7 +68,9 @@ def besides(results: Sequence[Result], controls: Sequence[ControlResult]) -> lis
     found: dict[tuple[str, str, str], dict[int, dict[int, Result]]] = {}
     for each in controls:
         partner = done.get(each.of.partner.number)
-        if partner is not None and each.result.status == "done":
+        if partner is None or is_the_partner(each.of):
+            continue
+        if each.result.status == "done":
             name = partner.point.model, defence_of(partner.point).name, each.of.control
             own = found.setdefault(name, {}).setdefault(partner.number, {})
             own[each.of.draw or 0] = each.result
@@ -112,35 +114,38 @@ def against_controls(
     at_points: dict[tuple[str, str, str], dict[str, Comparison]] = {}
     for (each, name, _), comparison in zip(places, comparisons, strict=True):
         at_points.setdefault((each.model, each.defence, each.control), {})[name] = comparison
+    advantages = together_corrected(
+        [
+            None
+            if useful is None
+            else advantage(
+                by_training(each.partners), _draws_by_training(each), refusal, useful, evidence
+            )
+            for each in listed
+        ]
+    )
     return [
         Against(
             each.model,
             each.defence,
             each.control,
             True,
-            None
-            if useful is None
-            else advantage(
-                by_training(each.partners),
-                _draws_by_training(each),
-                refusal,
-                useful,
-                evidence,
-            ),
+            found,
             points.get((each.model, each.defence)),
             at_points.get((each.model, each.defence, each.control), {}),
         )
-        for each in listed
+        for each, found in zip(listed, advantages, strict=True)
     ]
 
 
-def against_defences(
-    study: Study, results: Sequence[Result], evidence: Evidence
-) -> Iterator[Against]:
-    """Each pair of defences of a model, over equally many distinct adapters of each training."""
+def against_defences(study: Study, results: Sequence[Result], evidence: Evidence) -> list[Against]:
+    """Each pair of defences of a model, over equally many distinct adapters of each training. All
+    pairs are corrected together.
+    """
     refusal, useful = refusal_metric(study), usefulness_metric(study)
     if refusal is None or useful is None:
-        return
+        return []
+    pairs: list[Against] = []
     for model in sorted({result.point.model for result in finished(results)}, key=natural):
         arms = defended(results, model)
         names = list(arms)
@@ -149,7 +154,9 @@ def against_defences(
                 theirs = {training: [own] for training, own in by_training(arms[other]).items()}
                 found = advantage(by_training(arms[one]), theirs, refusal, useful, evidence)
                 if found is not None:
-                    yield Against(model, one, other, False, found)
+                    pairs.append(Against(model, one, other, False, found))
+    fair = together_corrected([each.advantage for each in pairs])
+    return [replace(each, advantage=found) for each, found in zip(pairs, fair, strict=True)]
 
 
 def defended(results: Sequence[Result], model: str) -> dict[str, list[Result]]:
@@ -183,7 +190,9 @@ def _draws_by_training(each: Beside) -> dict[Point, list[list[Result]]]:
 def _pair(
     each: Beside, point: Result, name: str, evidence: Evidence
 ) -> tuple[Measurement, Measurement]:
-    """The control's draws together, and the defence, whose samples are repeated for every draw."""
+    """The control's draws together, and the defence, whose samples are repeated for every draw. A
+    draw is no training seed: those of one seed count as one.
+    """
     place = each.partners.index(point)
     draws = [measurement(draw[place], name, evidence) for draw in each.draws]
     own = measurement(point, name, evidence)
@@ -194,9 +203,14 @@ def _pair(
         for number, (_, seed) in enumerate(keys)
         if seed in own.replicates
     }
-    return Measurement(together([each.metric for each in draws]), before), Measurement(
-        own.metric, after
-    )
+    seeds = max(1, len(own.metric.seeds))
+    # Without samples the values of `together` stand in the same order
+    seed_of = {number: seed for number, (_, seed) in enumerate(keys)} or {
+        number: number % seeds for number in range(len(draws) * seeds)
+    }
+    return Measurement(
+        together([each.metric for each in draws]), before, seed_of=seed_of
+    ), Measurement(own.metric, after, seed_of=seed_of if after else {})
 
 
 def together(draws: Sequence[Metric]) -> Metric:
