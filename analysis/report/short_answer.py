@@ -9,17 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from ebbline.analysis.results.before_after import Line, Trio, trios
-from ebbline.analysis.results.frontier import evenly, finished
+from ebbline.analysis.results.claims.refusal_moves import refusal_moves
+from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.measurements import (
     NO_EVIDENCE,
     Baselines,
     Evidence,
-    Measurement,
     better_unprojected,
-    compared,
-    pairs_with_aligned,
     refusal_metric,
-    unprojected,
     usefulness_metric,
 )
 from ebbline.analysis.results.wording import metric_label, percent, undecided_label
@@ -67,17 +64,9 @@ def _fine_tuning(
     lines: Mapping[str, Line],
     evidence: Evidence,
 ) -> str:
-    pairs: list[tuple[Measurement, Measurement]] = []
-    trainings = 0
-    for model in lines:
-        plain = list(
-            unprojected([result for result in done if result.point.model == model]).values()
-        )
-        aligned = baselines.get(model, {}).get(refusal)
-        if aligned is not None:
-            pairs += pairs_with_aligned(model, aligned, evenly(plain), refusal, evidence)
-            trainings += len(plain)
-    comparisons = compared(pairs)
+    moves = refusal_moves(done, baselines, refusal, evidence).values()
+    comparisons = [change for each in moves for change in each.by_tuning]
+    trainings = sum(each.trainings for each in moves)
     if not comparisons:
         measured = any(refusal in metrics for metrics in baselines.values())
         reason = (
