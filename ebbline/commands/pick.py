@@ -457,7 +457,8 @@ def _print_picks(
             if hint and picks[model].meets and not too_low(study, picks[model]):
                 point = "" if options.point is None else f" --point {options.point}"
                 if picks[model].standing == "candidate" and study.confirm is not None:
-                    print(f"  confirm it: ebbline confirm {name}{point}")
+                    number = picks[model].result.number
+                    print(f"  confirm it: ebbline confirm {name} --point {number}")
                 accept = "" if picks[model].holds else " --accept-unsure"
                 print(
                     f"  write its adapter: ebbline pick {name} --model {model}{point}{accept} "

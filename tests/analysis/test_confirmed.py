@@ -22,6 +22,7 @@ from ebbline.analysis.results.picks.floors import (
     pick,
     standing,
 )
+from ebbline.commands.confirming.confirm import nominated
 from ebbline.sweeps.study.points import Confirmed, Result
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError
@@ -146,6 +147,17 @@ def test_a_confirmation_of_other_adapters_is_left_out(study: Study) -> None:
         own = replace(CANDIDATE, keys={name: key})
         (found,) = with_confirmations([own], study, confirming, [again])
         assert (found.confirmed is not None) == is_kept
+
+
+def test_the_point_that_pick_names_is_nominated(study: Study) -> None:
+    """In a study with defences, `pick` prefers a simpler one within a margin."""
+    results = [
+        result(0, refusal=0.95, task=0.59),
+        result(1, refusal=0.95, task=0.6, share=0.5, threshold=0.5),
+    ]
+    several = study.model_copy(update={"defences": {"safe_lora": {}}})
+    assert [each.number for each in nominated(study, results, [])] == [1]
+    assert [each.number for each in nominated(several, results, [])] == [0, 1]
 
 
 def test_every_output_says_candidate_until_a_setting_is_confirmed(study: Study) -> None:

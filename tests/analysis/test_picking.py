@@ -16,6 +16,7 @@ from ebbline.cli import app
 from ebbline.sweeps.state.trials import SETTINGS, Trials
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.policies import Confirm
 from ebbline.sweeps.study.study import Study, SuiteEntry
 from ebbline.sweeps.study.view import StudyView
 from tests.analysis.conftest import OVER, REFUSAL, TASK, Held, rate, result, samples, share
@@ -250,6 +251,15 @@ def test_a_candidate_is_exported_only_when_the_user_accepts_that(
     assert "is not confirmed to hold refusal rate at least 90.0%" in text
     assert "`ebbline confirm ebb` measures it on other prompts" in text
     assert "--accept-unsure exports it as it is" in text
+
+
+def test_the_hint_confirms_the_point_that_was_picked(
+    pick: Callable[..., CliResult], study: Study
+) -> None:
+    confirm = Confirm.model_validate({"suites": {"refusal": {"language": "other"}}})
+    object.__setattr__(study, "confirm", confirm)
+    found = pick(ROWS, "--model", "small", "--floor", "refusal_rate=0.95")
+    assert "confirm it: ebbline confirm ebb --point 2" in found.output
 
 
 def test_a_point_without_a_gain_over_not_fine_tuning_is_not_ranked_first(

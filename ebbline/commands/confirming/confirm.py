@@ -15,6 +15,7 @@ from ebbline.analysis.results.measurements import operating_point, refusal_metri
 from ebbline.analysis.results.picks.confirmed import STANDS, lines_of_confirmed
 from ebbline.analysis.results.picks.floors import Floor, pick, standing
 from ebbline.analysis.results.picks.picked import named
+from ebbline.analysis.results.picks.simplest import MARGIN
 from ebbline.analysis.results.wording import natural
 from ebbline.commands.run import Place, run_study
 from ebbline.options import FAILED_POINTS
@@ -88,10 +89,14 @@ def nominated(study: Study, results: Sequence[Result], numbers: Sequence[int]) -
             "--point"
         )
     floors, useful = [Floor(refusal, study.refusal_floor)], usefulness_metric(study)
+    margin = MARGIN if study.defences else None  # as `ebbline pick` does
     chosen: dict[int, Result] = {}
     for model in sorted({result.point.model for result in done}, key=natural):
         own = [result for result in done if result.point.model == model]
-        for best in (pick(own, floors, useful), operating_point(study, own, refusal)):
+        for best in (
+            pick(own, floors, useful, margin=margin),
+            operating_point(study, own, refusal),
+        ):
             if best is not None and best.meets:
                 chosen[best.result.number] = best.result
     if not chosen:
