@@ -81,11 +81,13 @@ class Measurement:
 
     `replicates` is empty where samples are missing, or where the metric is not a share of them.
     With `fixed` it is no training of the study: a model before fine-tuning, equal for all seeds.
+    With `other_seeds` its seeds are not those of the other side, so only prompts are pairs.
     """
 
     metric: Metric
     replicates: SamplesBySeed = field(default_factory=dict)
     fixed: bool = False
+    other_seeds: bool = False
 
 
 @dataclass(frozen=True)
@@ -208,9 +210,9 @@ def compared(pairs: Sequence[tuple[Measurement, Measurement]]) -> list[Compariso
 def over_seeds(before: Measurement, after: Measurement, test: Paired | None) -> BetweenSeeds | None:
     """The difference over training seeds; None where a side has too few.
 
-    It is paired where the test over prompts is, since both sides then have the same seeds.
+    It is paired where the test over prompts is, unless the sides have other seeds.
     """
-    if test is not None:
+    if test is not None and not (before.other_seeds or after.other_seeds):
         return over_paired_seeds(test.least_S, test.most_S)
     first = (before.metric.value,) if before.fixed else before.metric.seeds
     return over_separate_seeds(first, after.metric.seeds, before.fixed)
