@@ -255,14 +255,15 @@ def _confirmation(picked: Pick, refusal: str) -> str:
             "that chose it, which look better than they are. `ebbline confirm` measures it on "
             "other prompts and training seeds."
         )
-    return f" {STANDS[picked.standing]} {confirmed}"
+    about = picked.result.confirmed is not None and picked.result.confirmed.setting
+    return f" {STANDS[picked.standing].format('setting' if about else 'adapter')} {confirmed}"
 
 
 STANDS: dict[Standing, str] = {
-    "holds": "Confirmed: the setting holds the floor.",
-    "unsure": "Confirmed, and not sure: the setting's value meets the floor, its bound does not.",
-    "candidate": "Its setting was not confirmed.",
-    "missed": "Confirmed not to hold: the setting's value is below the floor.",
+    "holds": "Confirmed: the {0} holds the floor.",
+    "unsure": "Confirmed, and not sure: the {0}'s value meets the floor, its bound does not.",
+    "candidate": "Its {0} was not confirmed.",
+    "missed": "Confirmed not to hold: the {0}'s value is below the floor.",
 }
 
 

@@ -23,7 +23,7 @@ from ebbline.analysis.results.picks.floors import (
     standing,
 )
 from ebbline.commands.confirming.confirm import nominated
-from ebbline.sweeps.study.points import Confirmed, Result
+from ebbline.sweeps.study.points import Confirmed, Point, Result
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.measuring.metrics import Metric, pooled
@@ -118,6 +118,24 @@ def test_with_several_seeds_the_best_confirmed_adapter_counts() -> None:
     two = replace(found, confirmed=replace(found.confirmed, adapters=adapters))
     assert [adapter_standing(two, FLOOR, seed) for seed in (0, 1)] == ["missed", "holds"]
     assert standing(two, FLOOR, "adapter") == "holds"
+
+
+def test_both_claims_about_an_adapter_from_outside_are_about_the_adapter(study: Study) -> None:
+    """It was never trained again, so it has no confirmed setting."""
+    outside = replace(
+        CANDIDATE, point=Point.of("small", {"adapter": "hub", "apply.threshold": 0.5})
+    )
+    results = []
+    for value, stands in ((0.99, "holds"), (0.91, "unsure"), (0.5, "missed")):
+        found = confirmed(adapter=value, point=outside)
+        assert found.confirmed is not None
+        found = replace(found, confirmed=replace(found.confirmed, setting={}, seeds=()))
+        assert {standing(found, FLOOR, claim) for claim in ("adapter", "setting")} == {stands}
+        results.append(found)
+    assert "Confirmed: the adapter holds the floor." in " ".join(answer(study, results[:1], {}))
+    refuted = " ".join(answer(study, results[2:], {}))
+    assert "Confirmed not to hold: the adapter's value is below the floor." in refuted
+    assert not trios(study, results[2:])[0].meets
 
 
 def test_fresh_seeds_are_told_from_the_studys_own(study: Study) -> None:

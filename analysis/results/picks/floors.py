@@ -115,8 +115,11 @@ def standing(result: Result, floors: Sequence[Floor], claim: Claim) -> Standing:
     candidate  every value of the search meets its floor, and not all of them were confirmed
     unsure     every confirmed value meets its floor, and a bound does not
     holds      every confirmed bound meets its floor, corrected for the points that were confirmed
+
+    An adapter from outside has no setting that was trained again: of a confirmed one, both claims
+    are about the adapter.
     """
-    if claim == "adapter" and result.confirmed is not None:
+    if result.confirmed is not None and (claim == "adapter" or not result.confirmed.setting):
         seeds = result.confirmed.adapters
         found = [adapter_standing(result, floors, seed) for seed in seeds]
         return max(found, key=STANDINGS.index) if found else _worst(result, floors, {}, claim)

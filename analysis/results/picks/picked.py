@@ -271,7 +271,9 @@ def picked_json(study: Study, found: Pick) -> dict[str, Any]:
         "meets": found.meets,
         "holds": found.holds,
         "standing": found.standing,
-        "standing_of_setting": standing(result, found.floors, "setting"),
+        "standing_of_setting": standing(result, found.floors, "setting")
+        if brought(result.point) is None
+        else None,
         "confirmed": confirmed_json(found),
         "picked_among": found.among,
         "maximised": None if found.by_hand else found.maximised,
