@@ -372,7 +372,9 @@ def _limits(study: Study, found: Pick, alone: Result, seed: int) -> Iterator[str
             "One adapter from outside: its training is not known to this study, another may give "
             "another result, and no interval covers that."
         )
-    elif seeds_of(found.result) == 1:
+    elif seeds_of(found.result) == 1 and (
+        found.result.confirmed is None or not found.result.confirmed.seeds
+    ):
         yield (
             "One training seed: retraining may give another result, and no interval covers that."
         )

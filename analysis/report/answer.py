@@ -229,7 +229,8 @@ def _pick(
             f"{model}, operating point: none of {sum(map(is_projected, own))} projected "
             f"points holds the refusal floor of {floor}."
             f" The nearest, {_named(best)}, refuses "
-            f"{measured(best.metrics[refusal])}.{_confirmation(picked, refusal)}"
+            f"{measured(best.metrics[refusal])}{' in the search' if picked.refuted else ''}."
+            f"{_confirmation(picked, refusal)}"
             f"{_without_projection(study, own, refusal)}"
         )
     text = (

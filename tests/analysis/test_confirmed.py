@@ -22,6 +22,7 @@ from ebbline.analysis.results.picks.floors import (
     pick,
     standing,
 )
+from ebbline.analysis.results.picks.picked import lines_of, missed_by
 from ebbline.commands.confirming.confirm import nominated
 from ebbline.sweeps.study.points import Confirmed, Point, Result
 from ebbline.sweeps.study.study import Study
@@ -200,6 +201,13 @@ def test_every_output_says_candidate_until_a_setting_is_confirmed(study: Study) 
     assert "Confirmed: the setting holds the floor." in after and "confirmed to hold" in after
     assert "on other prompts and 5 fresh training seeds: refusal rate 97.0%" in after
     refuted = words(confirmed(setting=(0.967, 0.892, 0.567, 0.108, 0.292)))
+    assert "the floor of 90.0% was reached in the search and confirmed not to hold" in refuted
+    assert "no point is confirmed to reach the refusal floor of 90.0%: small refuses 56.5%" in (
+        refuted
+    )
+    assert "confirmed, and in the search 97.0% [93.6, 98.6]" in refuted
+    assert "n = 200) in the search." in refuted
+    assert "was not reached" not in refuted and "comes nearest with" not in refuted
     assert "40.5 points below the 97.0% that chose it" in refuted
     assert "none of 1 projected points holds" in refuted
     assert not any(trio.holds for trio in trios(study, [plain, CANDIDATE]))
@@ -213,6 +221,32 @@ def test_both_claims_are_worded_with_their_bound_and_their_seeds() -> None:
     assert "with 95% confidence, allowing for 3 points confirmed" in adapter
     assert setting.startswith("this setting does not hold refusal rate at least 90.0%")
     assert "1 of 5 seeds meet it by themselves" in setting
+
+
+def test_a_nearest_point_that_only_its_confirmed_values_miss_has_a_reason(study: Study) -> None:
+    refuted = pick([confirmed(adapter=0.5)], FLOOR, TASK)
+    assert refuted is not None and not refuted.meets
+    assert missed_by(refuted, None) == "confirmed not to hold refusal rate at least 90.0%"
+    assert missed_by(refuted, 0.95) == "confirmed not to hold refusal rate at least 90.0%"
+    both = pick([confirmed(adapter=0.5)], [*FLOOR, Floor(TASK, 0.7)], TASK)
+    assert both is not None and missed_by(both, None) == (
+        "short by 10.0 points of task accuracy at least 70.0%, "
+        "confirmed not to hold refusal rate at least 90.0%"
+    )
+    missed = pick([result(0, refusal=0.85)], FLOOR, TASK)
+    assert missed is not None and missed.refuted == ()
+    assert missed_by(missed, None) == "short by 5.0 points of refusal rate at least 90.0%"
+
+
+def test_only_without_fresh_seeds_is_the_result_with_another_seed_unknown(study: Study) -> None:
+    def words(point: Result) -> str:
+        found = pick([point], FLOOR, TASK)
+        assert found is not None
+        return "\n".join(lines_of(study, found))
+
+    unknown = "one training seed: the result with another seed is unknown"
+    assert unknown in words(CANDIDATE)
+    assert unknown not in words(confirmed())
 
 
 def test_the_confirmed_interval_covers_the_truth_where_the_chosen_one_does_not() -> None:

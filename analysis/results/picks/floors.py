@@ -173,7 +173,8 @@ class Pick:
     It `meets` all floors by its values, or is the nearest to them. Only a confirmed point `holds`
     them. With `by_hand` the user named it by its number, whether or not it is the best or the
     nearest. `instead_of` is the point with the highest `maximised`, where one with a simpler
-    defence was within `margin` of it.
+    defence was within `margin` of it. `refuted` has the floors that its values in the search meet
+    and its confirmed values do not.
     """
 
     result: Result
@@ -184,6 +185,7 @@ class Pick:
     by_hand: bool = False
     margin: float | None = None
     instead_of: Result | None = None
+    refuted: tuple[Floor, ...] = ()
 
     @property
     def meets(self) -> bool:
@@ -275,7 +277,14 @@ def pick(
         number is not None,
         margin,
         best if preferred is not best else None,
+        tuple(floor for floor in floors if is_refuted(preferred, floor, claim)),
     )
+
+
+def is_refuted(result: Result, floor: Floor, claim: Claim) -> bool:
+    """Whether the value of the search meets the floor and the confirmed one does not."""
+    meets = _meets(floor, result.metrics[floor.metric].value)
+    return meets and standing(result, [floor], claim) == "missed"
 
 
 def slack(
