@@ -266,3 +266,15 @@ def test_the_confirmed_interval_covers_the_truth_where_the_chosen_one_does_not()
         covered += low <= truth <= high
     assert chosen / repetitions < 0.6
     assert covered / repetitions > 0.92
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_a_setting_below_its_floor_is_seldom_confirmed_to_hold(seeds: int) -> None:
+    """`make bench-calibration` has all cells. By prompts alone a third would be called so."""
+    rng, truth = np.random.default_rng(seeds), 0.7
+    floor, repetitions = Floor(REFUSAL, truth + 1e-6), 600
+    held = sum(
+        standing(confirmed(setting=rates), [floor], "setting") == "holds"
+        for rates in np.clip(truth + 0.1 * rng.normal(size=(repetitions, seeds)), 0, 1)
+    )
+    assert held / repetitions <= 0.07
