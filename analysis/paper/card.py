@@ -346,7 +346,8 @@ def _limits(study: Study, found: Pick, alone: Result, seed: int) -> Iterator[str
             f"Exported with `--accept-unsure`: it is not confirmed to hold {in_words(found.floors)}"
             f", because {why}."
         )
-    if standing(found.result, found.floors, "setting") != "holds":
+    from_outside = brought(found.result.point) is not None
+    if from_outside or standing(found.result, found.floors, "setting") != "holds":
         yield (
             "Only this adapter is meant: its setting is not confirmed to hold the floors, so "
             "another training with the same settings may not."
@@ -372,12 +373,14 @@ def _limits(study: Study, found: Pick, alone: Result, seed: int) -> Iterator[str
         "better than it is: the confidence above allows for"
         " that, the values do not."
     )
-    if brought(found.result.point) is not None:
+    if from_outside:
         yield (
             "One adapter from outside: its training is not known to this study, another may give "
             "another result, and no interval covers that."
         )
-    elif seeds_of(found.result) == 1:
+    elif seeds_of(found.result) == 1 and (
+        found.result.confirmed is None or not found.result.confirmed.seeds
+    ):
         yield (
             "One training seed: retraining may give another result, and no interval covers that."
         )

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from ebbline.analysis.results.before_after import Line, before_after
 from ebbline.analysis.results.claims.between_seeds import FEWEST_SEEDS, crossed_spreads
-from ebbline.analysis.results.frontier import evenly, finished, objective_values
+from ebbline.analysis.results.claims.refusal_moves import refusal_moves
+from ebbline.analysis.results.frontier import finished, objective_values
 from ebbline.analysis.results.measurements import (
     LEVEL,
     MOVES,
@@ -20,12 +21,8 @@ from ebbline.analysis.results.measurements import (
     Comparison,
     Evidence,
     better_unprojected,
-    compared,
     is_projected,
-    measurement,
     operating_point,
-    pairs_with_aligned,
-    partners,
     refusal_metric,
     unprojected,
     usefulness_metric,
@@ -44,7 +41,7 @@ from ebbline.analysis.results.wording import (
     status_label,
     undecided_label,
 )
-from ebbline.sweeps.study.points import Result, defence_of, without_defence
+from ebbline.sweeps.study.points import Result, defence_of
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.measuring.metrics import Metric
@@ -81,16 +78,16 @@ def answer(
     by_model = {
         model: [result for result in done if result.point.model == model] for model in models
     }
-    moves = _moves(by_model, baselines, refusal, evidence)
+    moves = refusal_moves(done, baselines, refusal, evidence)
     for model, own in by_model.items():
         aligned = baselines.get(model, {}).get(refusal)
         plain = list(unprojected(own).values())
-        from_tuning, from_projection, projected = moves[model]
+        moved = moves[model]
         paragraphs += [
-            _fine_tuning(model, plain, refusal, aligned, from_tuning),
-            _projection(model, own, from_projection, projected),
+            _fine_tuning(model, plain, refusal, aligned, moved.by_tuning),
+            _projection(model, own, moved.by_projection, moved.projected),
         ]
-        comparisons += [*from_tuning, *from_projection]
+        comparisons += [*moved.by_tuning, *moved.by_projection]
         picked = operating_point(study, own, refusal)
         if picked is not None:
             names = [name for name in (usefulness_metric(study), refusal) if name is not None]
@@ -103,47 +100,6 @@ def answer(
             paragraphs.append(_pick(study, model, own, refusal, picked, changes))
             comparisons += changes.values()
     return [*paragraphs, *_unfinished(results), _caution(study, done, refusal, comparisons)]
-
-
-def _moves(
-    by_model: Mapping[str, Sequence[Result]],
-    baselines: Baselines,
-    name: str,
-    evidence: Evidence,
-) -> dict[str, tuple[list[Comparison], list[Comparison], int]]:
-    """Model -> its comparisons by fine-tuning and by projection, and how many projected results
-    have an unprojected partner. Those of all models are one family: their p-values are corrected
-    together.
-    """
-    tuned, projected, counts = {}, {}, {}
-    for model, own in by_model.items():
-        aligned = baselines.get(model, {}).get(name)
-        plain = evenly(list(unprojected(own).values()))
-        tuned[model] = (
-            [] if aligned is None else pairs_with_aligned(model, aligned, plain, name, evidence)
-        )
-        pairs = _pairs_with_unprojected(own)
-        counts[model] = len(pairs)
-        projected[model] = [
-            (measurement(partner, name, evidence), measurement(result, name, evidence))
-            for partner, result in evenly(pairs)
-        ]
-    found = iter(compared([p for own in (tuned, projected) for ps in own.values() for p in ps]))
-    counted = [
-        {model: [next(found) for _ in pairs] for model, pairs in own.items()}
-        for own in (tuned, projected)
-    ]
-    return {model: (counted[0][model], counted[1][model], counts[model]) for model in by_model}
-
-
-def _pairs_with_unprojected(own: Sequence[Result]) -> list[tuple[Result, Result]]:
-    """Each projected result behind the unprojected result of the same training."""
-    partner_of = partners(own)
-    return [
-        (partner_of[without_defence(result.point)], result)
-        for result in own
-        if is_projected(result) and without_defence(result.point) in partner_of
-    ]
 
 
 def _of_all(compared_count: int, count: int, what: str) -> str:
@@ -265,7 +221,8 @@ def _pick(
             f"{model}, operating point: none of {sum(map(is_projected, own))} projected "
             f"points holds the refusal floor of {floor}."
             f" The nearest, {_named(best)}, refuses "
-            f"{measured(best.metrics[refusal])}.{_confirmation(picked, refusal)}"
+            f"{measured(best.metrics[refusal])}{' in the search' if picked.refuted else ''}."
+            f"{_confirmation(picked, refusal)}"
             f"{_without_projection(study, own, refusal)}"
         )
     text = (
@@ -291,14 +248,15 @@ def _confirmation(picked: Pick, refusal: str) -> str:
             "that chose it, which look better than they are. `ebbline confirm` measures it on "
             "other prompts and training seeds."
         )
-    return f" {STANDS[picked.standing]} {confirmed}"
+    about = picked.result.confirmed is not None and picked.result.confirmed.setting
+    return f" {STANDS[picked.standing].format('setting' if about else 'adapter')} {confirmed}"
 
 
 STANDS: dict[Standing, str] = {
-    "holds": "Confirmed: the setting holds the floor.",
-    "unsure": "Confirmed, and not sure: the setting's value meets the floor, its bound does not.",
-    "candidate": "Its setting was not confirmed.",
-    "missed": "Confirmed not to hold: the setting's value is below the floor.",
+    "holds": "Confirmed: the {0} holds the floor.",
+    "unsure": "Confirmed, and not sure: the {0}'s value meets the floor, its bound does not.",
+    "candidate": "Its {0} was not confirmed.",
+    "missed": "Confirmed not to hold: the {0}'s value is below the floor.",
 }
 
 

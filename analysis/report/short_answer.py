@@ -9,19 +9,17 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from ebbline.analysis.results.before_after import Line, Trio, trios
-from ebbline.analysis.results.frontier import evenly, finished
+from ebbline.analysis.results.claims.refusal_moves import refusal_moves
+from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.measurements import (
     NO_EVIDENCE,
     Baselines,
     Evidence,
-    Measurement,
     better_unprojected,
-    compared,
-    pairs_with_aligned,
     refusal_metric,
-    unprojected,
     usefulness_metric,
 )
+from ebbline.analysis.results.picks.confirmed import confirmed_rate
 from ebbline.analysis.results.wording import metric_label, percent, undecided_label
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
@@ -67,17 +65,9 @@ def _fine_tuning(
     lines: Mapping[str, Line],
     evidence: Evidence,
 ) -> str:
-    pairs: list[tuple[Measurement, Measurement]] = []
-    trainings = 0
-    for model in lines:
-        plain = list(
-            unprojected([result for result in done if result.point.model == model]).values()
-        )
-        aligned = baselines.get(model, {}).get(refusal)
-        if aligned is not None:
-            pairs += pairs_with_aligned(model, aligned, evenly(plain), refusal, evidence)
-            trainings += len(plain)
-    comparisons = compared(pairs)
+    moves = refusal_moves(done, baselines, refusal, evidence).values()
+    comparisons = [change for each in moves for change in each.by_tuning]
+    trainings = sum(each.trainings for each in moves)
     if not comparisons:
         measured = any(refusal in metrics for metrics in baselines.values())
         reason = (
@@ -137,10 +127,11 @@ def _projection(
         return "No projected point has finished, so the effect of projection is not known."
     meeting = sum(trio.meets for trio in projected)
     holding = sum(trio.holds for trio in projected)
+    refuted = any(trio.refuted for trio in projected)
     parts = [
         _shipped(trio, refusals[trio.model], usefulness.get(trio.model)) for trio in _few(projected)
     ]
-    floor = _holding(meeting, holding, len(projected), percent(study.refusal_floor))
+    floor = _holding(meeting, holding, refuted, len(projected), percent(study.refusal_floor))
     without = _without(study, done, [trio.model for trio in projected])
     return f"{floor}: {_listed(parts, len(projected), '; ')}{without}."
 
@@ -180,12 +171,14 @@ def _without(study: Study, done: Sequence[Result], models: Sequence[str]) -> str
     )
 
 
-def _holding(meeting: int, holding: int, sizes: int, floor: str) -> str:
-    """How many models have a candidate for the floor, and how many a confirmed setting."""
+def _holding(meeting: int, holding: int, refuted: bool, sizes: int, floor: str) -> str:
+    """How many models have a candidate for the floor, and how many a confirmed setting; with
+    `refuted` a value of the search meets it that the confirmed one does not.
+    """
     if not meeting:
         return (
-            f"With projection no point{'' if sizes == 1 else ' of any size'} reaches the "
-            f"refusal floor of {floor}"
+            f"With projection no point{'' if sizes == 1 else ' of any size'} "
+            f"{'is confirmed to reach' if refuted else 'reaches'} the refusal floor of {floor}"
         )
     which = (
         "a point meets"
@@ -205,10 +198,11 @@ def _holding(meeting: int, holding: int, sizes: int, floor: str) -> str:
 
 
 def _shipped(trio: Trio, refusal: Line, useful: Line | None) -> str:
-    text = (
-        f"{trio.model} {'refuses' if trio.meets else 'comes nearest with'} "
-        f"{_rate(refusal.states['shipped'])}"
-    )
+    found = None if trio.shipped is None else confirmed_rate(trio.shipped, refusal.name)
+    text = f"{trio.model} {'refuses' if trio.meets else 'comes nearest with'} "
+    if trio.refuted and found is not None:
+        text = f"{trio.model} refuses {_rate(*found)} confirmed, and in the search "
+    text += _rate(refusal.states["shipped"])
     change = refusal.changes.get("projection")
     if change is not None and change.move != "higher":
         text += (
@@ -227,8 +221,8 @@ def _shipped(trio: Trio, refusal: Line, useful: Line | None) -> str:
     return text
 
 
-def _rate(metric: Metric) -> str:
-    low, high = metric.interval
+def _rate(metric: Metric, interval: tuple[float, float] | None = None) -> str:
+    low, high = metric.interval if interval is None else interval
     return (
         f"{percent(metric.value)} [{100 * low:.1f}, {100 * high:.1f}]"
         f"{undecided_label(metric.undecided, ' (', ')')}"

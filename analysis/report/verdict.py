@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from ebbline.analysis.results.before_after import Line, State, Step, trios
+from ebbline.analysis.results.before_after import Line, State, Step, Trio, trios
 from ebbline.analysis.results.measurements import Move, refusal_metric, usefulness_metric
 from ebbline.analysis.results.tables import metric_cell, metric_column
 from ebbline.analysis.results.wording import metric_label, percent
@@ -53,14 +53,7 @@ def verdict(study: Study, results: Sequence[Result], lines: Sequence[Line]) -> s
         )
     if projected:
         floor = f"the floor of {percent(study.refusal_floor)}"
-        parts.append(
-            _count(
-                sum(trio.meets for trio in projected),
-                len(projected),
-                f"{floor} has a candidate",
-                f"{floor} was not reached",
-            )
-        )
+        parts.append(_reached(floor, projected))
         if any(trio.meets for trio in projected):
             parts.append(
                 _count(
@@ -83,6 +76,22 @@ def verdict(study: Study, results: Sequence[Result], lines: Sequence[Line]) -> s
         )
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
+
+
+def _reached(floor: str, projected: Sequence[Trio]) -> str:
+    """At how many models a point meets the floor. A value of the search that a confirmation refuted
+    does not meet it.
+    """
+    meeting, refuted, total = (
+        sum(trio.meets for trio in projected),
+        sum(trio.refuted for trio in projected),
+        len(projected),
+    )
+    if refuted and total == 1:
+        return f"{floor} was reached in the search and confirmed not to hold"
+    text = _count(meeting, total, f"{floor} has a candidate", f"{floor} was not reached")
+    only_in_search = f" (at {refuted} it was reached in the search and confirmed not to hold)"
+    return text + (only_in_search if refuted else "")
 
 
 def answer_cells(study: Study, results: Sequence[Result], lines: Sequence[Line]) -> pd.DataFrame:

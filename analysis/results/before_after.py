@@ -56,7 +56,8 @@ class Trio:
 
     `tuned` is the training without projection. `shipped` is the projected point that the answer
     picks, or the one nearest to the refusal floor; `standing` tells how its setting stands to that
-    floor, and `among` from how many different points it was chosen.
+    floor, and `among` from how many different points it was chosen. With `refuted` its value in the
+    search meets the floor, and the confirmed one does not.
     """
 
     model: str
@@ -64,6 +65,7 @@ class Trio:
     shipped: Result | None
     standing: Standing
     among: int = 0
+    refuted: bool = False
 
     @property
     def meets(self) -> bool:
@@ -103,7 +105,9 @@ def trios(study: Study, results: Sequence[Result]) -> list[Trio]:
         else:
             best = picked.result
             tuned = partners(own).get(without_defence(best.point))
-            found.append(Trio(model, tuned, best, picked.standing, picked.among))
+            found.append(
+                Trio(model, tuned, best, picked.standing, picked.among, bool(picked.refuted))
+            )
     return found
 
 

@@ -10,7 +10,7 @@ and P prompts, with undecided samples at their worst and at their best.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -189,13 +189,18 @@ def _pair(
 ) -> tuple[Measurement, Measurement]:
     """Two measurements, without samples where the suite is in `apart`.
 
-    Seeds are matched by their order, since the studies may number them differently.
+    Equal seeds are pairs. Of studies with other seeds only the prompts are pairs: their seeds are
+    numbered by place, which the total of a prompt does not depend on.
     """
     if name.rpartition(".")[0] in apart:
         return Measurement(one.metrics[name]), Measurement(other.metrics[name])
     found = measurement(one, name, before.evidence), measurement(other, name, after.evidence)
+    first, second = found
+    if first.replicates.keys() == second.replicates.keys():
+        return first, second
     first, second = (
-        Measurement(each.metric, dict(enumerate(each.replicates.values()))) for each in found
+        replace(each, replicates=dict(enumerate(each.replicates.values())), other_seeds=True)
+        for each in found
     )
     return first, second
 

@@ -85,12 +85,14 @@ class Measurement:
     With `fixed` it is no training of the study: a model before fine-tuning, equal for all seeds.
     `seed_of` maps the number of a replicate to its training seed, where several have one seed, such
     as the draws of a control; empty where each has its own.
+    With `other_seeds` its seeds are not those of the other side, so only prompts are pairs.
     """
 
     metric: Metric
     replicates: SamplesBySeed = field(default_factory=dict)
     fixed: bool = False
     seed_of: Mapping[int, int] = field(default_factory=dict)
+    other_seeds: bool = False
 
 
 @dataclass(frozen=True)
@@ -213,9 +215,9 @@ def compared(pairs: Sequence[tuple[Measurement, Measurement]]) -> list[Compariso
 def over_seeds(before: Measurement, after: Measurement, test: Paired | None) -> BetweenSeeds | None:
     """The difference over training seeds; None where a side has too few.
 
-    It is paired where the test over prompts is, since both sides then have the same seeds.
+    It is paired where the test over prompts is, unless the sides have other seeds.
     """
-    if test is not None:
+    if test is not None and not (before.other_seeds or after.other_seeds):
         return over_paired_seeds(
             *(_by_seed(values, after) for values in (test.least_S, test.most_S))
         )

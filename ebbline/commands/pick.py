@@ -343,7 +343,7 @@ def _exportable(
         raise StudyError(
             f"--seed {options.seed}: point {found.result.number} was trained with {_listed(seeds)}"
         )
-    unconfirmed = False
+    unconfirmed = refuted = False
     for index, seed in enumerate(seeds):
         alone = replace(
             found.result,
@@ -358,14 +358,31 @@ def _exportable(
         if stands == "holds" or (options.accept_unsure and stands != "missed"):
             return seed, alone
         unconfirmed = unconfirmed or stands != "missed"
+        refuted = refuted or stands == "missed"  # its values in the search meet the floors
     if unconfirmed:
         raise StudyError(_unconfirmed(study, found))
+    if refuted:
+        raise StudyError(
+            f"nothing was exported: {named(found.result)} is confirmed not to hold "
+            f"{in_words(floors)}: {_confirmed_values(found.result, floors, options.seed)}"
+        )
     short = f"seed {options.seed}" if options.seed is not None else "none of its seeds"
     verb = "does not hold" if options.seed is not None else "holds"
     raise StudyError(
         f"point {found.result.number} meets {in_words(floors)} over its {len(seeds)} "
         f"seeds, but {short} {verb} them alone, and --export writes one seed's adapter;"
         " nothing was exported"
+    )
+
+
+def _confirmed_values(result: Result, floors: Sequence[Floor], seed: int | None) -> str:
+    """The confirmed values of the adapters of a point, or of that of `seed`."""
+    adapters = {} if result.confirmed is None else result.confirmed.adapters
+    return "; ".join(
+        f"seed {own} has {metric_label(name)} {measured(metrics[name])} on other prompts"
+        for own, metrics in adapters.items()
+        for name in dict.fromkeys(floor.metric for floor in floors)
+        if seed in (None, own) and name in metrics
     )
 
 
@@ -457,7 +474,8 @@ def _print_picks(
             if hint and picks[model].meets and not too_low(study, picks[model]):
                 point = "" if options.point is None else f" --point {options.point}"
                 if picks[model].standing == "candidate" and study.confirm is not None:
-                    print(f"  confirm it: ebbline confirm {name}{point}")
+                    number = picks[model].result.number
+                    print(f"  confirm it: ebbline confirm {name} --point {number}")
                 accept = "" if picks[model].holds else " --accept-unsure"
                 print(
                     f"  write its adapter: ebbline pick {name} --model {model}{point}{accept} "

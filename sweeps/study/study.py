@@ -556,13 +556,25 @@ class Study(Frozen):
 
     @model_validator(mode="after")
     def _subsets_divide_the_seeds(self) -> Self:
-        fresh = () if self.confirm is None else self.confirm.seeds
-        for where, seeds in (("seeds", self.seeds), ("confirm.seeds", fresh)):
-            if self.subsets is not None and len(seeds) % self.subsets:
-                raise ValueError(
-                    f"subsets: {self.subsets} subsets are crossed with the training seeds, so "
-                    f"{where} must be a multiple of them, not {len(seeds)}"
-                )
+        if self.subsets is not None and len(self.seeds) % self.subsets:
+            raise ValueError(
+                f"subsets: {self.subsets} subsets are crossed with the training seeds, so "
+                f"seeds must be a multiple of them, not {len(self.seeds)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _confirmed_seeds_are_independent(self) -> Self:
+        """Crossed seeds share trainings and rows. The bound of a confirmed setting takes every seed
+        as a draw of its own.
+        """
+        if self.confirm is not None and self.subsets is not None and self.subsets > 1:
+            raise ValueError(
+                f"confirm: with `subsets: {self.subsets}` several of confirm.seeds would share one "
+                "training or one subset of the data, and a confirmation needs independent seeds. "
+                "Leave out `subsets` or write `subsets: 1`. A study that has run with it keeps its "
+                "results: delete its section `confirm`, and confirm the point in a study of its own"
+            )
         return self
 
     @model_validator(mode="after")

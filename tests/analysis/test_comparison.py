@@ -153,25 +153,32 @@ def test_points_with_the_same_settings_are_matched_over_the_axes_of_both(study: 
     assert [(one.number, other.number) for one, other in pairs] == [(0, 5)]
 
 
-def test_seeds_are_matched_by_their_order(study: Study) -> None:
-    found = replace(
-        result(0),
-        metrics={REFUSAL: Metric(REFUSAL, 300, 2 * N, seeds=(0.75, 0.75)), TASK: rate(TASK, 0.5)},
-    )
-    kept = [samples([index < 150 for index in range(N)])] * 2
-    sides = []
-    for label, seeds in (("one", (0, 1)), ("two", (5, 6))):
-        sides.append(
-            Side(
-                label,
-                study,
-                [found],
-                Held({(0, "refusal"): dict(zip(seeds, kept, strict=True))}),
-                SETTINGS,
-            )
-        )
-    (size,) = study_comparison(*sides, [Floor(REFUSAL, 0.5)], TASK).sizes
-    assert size.at_picks[REFUSAL].paired is not None
+@pytest.mark.parametrize(
+    ("seeds", "is_paired", "move"),
+    [((0, 1, 2), True, "higher"), ((2, 0, 1), True, "higher"), ((5, 6, 7), False, "not")],
+)
+def test_only_equal_seeds_are_pairs(
+    study: Study, seeds: tuple[int, ...], is_paired: bool, move: str
+) -> None:
+    """Every seed of the second study has 20 refusals more than the same seed of the first. Other
+    seeds are no pairs: their spread hides the difference.
+    """
+    counts = {0: 80, 1: 100, 2: 120}
+
+    def one(label: str, of: dict[int, int]) -> Side:
+        values = tuple(count / N for count in of.values())
+        metric = Metric(REFUSAL, sum(of.values()), len(of) * N, seeds=values)
+        found = replace(result(0), metrics={REFUSAL: metric, TASK: rate(TASK, 0.5)})
+        kept = {seed: samples([i < count for i in range(N)]) for seed, count in of.items()}
+        return Side(label, study, [found], Held({(0, "refusal"): kept}), SETTINGS)
+
+    after = {seed: counts[seed if is_paired else seed - 5] + 20 for seed in seeds}
+    sides = one("one", counts), one("two", after)
+    (size,) = study_comparison(*sides, [Floor(REFUSAL, 0.3)], TASK).sizes
+    found = size.at_picks[REFUSAL]
+    assert found.paired is not None and found.paired.p_value < 0.05, "prompts are pairs in any case"
+    assert found.between is not None and found.between.paired == is_paired
+    assert found.move.startswith(move)
 
 
 def test_a_frontier_that_dominates_has_an_interval_above_zero(pair: tuple[Side, Side]) -> None:

@@ -15,7 +15,8 @@ from typer.testing import Result as CliResult
 from ebbline.cli import app
 from ebbline.sweeps.state.trials import SETTINGS, Trials
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.points import Confirmed, Result
+from ebbline.sweeps.study.policies import Confirm
 from ebbline.sweeps.study.study import Study, SuiteEntry
 from ebbline.sweeps.study.view import StudyView
 from tests.analysis.conftest import OVER, REFUSAL, TASK, Held, rate, result, samples, share
@@ -250,6 +251,28 @@ def test_a_candidate_is_exported_only_when_the_user_accepts_that(
     assert "is not confirmed to hold refusal rate at least 90.0%" in text
     assert "`ebbline confirm ebb` measures it on other prompts" in text
     assert "--accept-unsure exports it as it is" in text
+
+
+def test_an_adapter_that_is_confirmed_to_miss_is_not_exported_for_that_reason(
+    pick: Callable[..., CliResult], tmp_path: Path
+) -> None:
+    adapters = {0: {REFUSAL: rate(REFUSAL, 0.5)}}
+    refuted = replace(ROWS[1], confirmed=Confirmed("ebb.confirm", 0, 1, adapters))
+    options = ("--model", "small", "--point", 1, "--accept-unsure", "--export", tmp_path / "out")
+    found = pick([refuted], *options)
+    assert found.exit_code == 1 and not (tmp_path / "out").exists()
+    text = " ".join(found.output.split())
+    assert "is confirmed not to hold refusal rate at least 90.0%: seed 0 has refusal rate" in text
+    assert "50.0%" in text and "holds them alone" not in text
+
+
+def test_the_hint_confirms_the_point_that_was_picked(
+    pick: Callable[..., CliResult], study: Study
+) -> None:
+    confirm = Confirm.model_validate({"suites": {"refusal": {"language": "other"}}})
+    object.__setattr__(study, "confirm", confirm)
+    found = pick(ROWS, "--model", "small", "--floor", "refusal_rate=0.95")
+    assert "confirm it: ebbline confirm ebb --point 2" in found.output
 
 
 def test_a_point_without_a_gain_over_not_fine_tuning_is_not_ranked_first(

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from ebbline.analysis.report.answer import answer
 from ebbline.analysis.report.short_answer import in_short
 from ebbline.analysis.results.before_after import before_after
 from ebbline.analysis.results.measurements import Baselines
@@ -153,6 +154,26 @@ def test_the_trainings_of_all_sizes_are_reported_together_and_corrected_together
     assert fine_tuning(rows).startswith(
         "Fine-tuning without projection did not measurably lower the refusal rate in any "
         "of 2 trainings"
+    )
+
+
+def test_the_short_answer_counts_the_comparisons_of_the_answer(study: Study) -> None:
+    """A loss with p = 0.03 counts alone, but not beside a projection that changed nothing: both
+    texts correct it for that.
+    """
+    rows = [result(0, refusal=0.93), result(1, refusal=0.93, share=0.5, threshold=0.5)]
+    same = share(186)
+    held = Held(
+        {
+            ("small", "refusal"): {0: share(192)},
+            (0, "refusal"): {0: same},
+            (1, "refusal"): {0: same},
+        }
+    )
+    lines = before_after(study, rows, ALIGNED, held)
+    assert "the refusal rate is not distinguishable" in answer(study, rows, ALIGNED, held)[0]
+    assert in_short(study, rows, ALIGNED, lines, held)[0].startswith(
+        "Fine-tuning without projection did not measurably lower the refusal rate"
     )
 
 

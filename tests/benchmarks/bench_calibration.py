@@ -10,11 +10,17 @@ repetitions with differences of 15 and 30 points show what the rules find.
 A second table is about the operating point that a search chose: how often the interval covers its
 true rate, for the interval of the numbers that chose it, and for that of `ebbline confirm`, on
 other prompts and other training seeds.
+
+"False holds" is how often a confirmation says that a setting holds a floor which lies just above
+its true rate: the rule of ebbline.analysis.results.picks.floors should do so in at most 5%. Two
+limits of it are measured and gate nothing. Where rates are cut off at 0 and 1 their distribution is
+skewed. And where nine of ten seeds have a high rate and the tenth collapses, few seeds may not show
+that: no rule can know.
 """
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +29,13 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit
 
 from ebbline.analysis.results.claims.between_seeds import over_paired_seeds, setting_interval
+from ebbline.analysis.results.picks.floors import Floor, standing
 from ebbline.analysis.results.statistics import sign_test
+from ebbline.sweeps.study.points import Confirmed, Point, Result
 from ebbline.tasks.measuring.metrics import Metric, pooled
 from tests.benchmarks.record import table, write
 
-LEVEL, LARGEST = 0.05, 0.07
+LEVEL, LARGEST, LEAST_COVERED = 0.05, 0.07, 0.92
 REPETITIONS, RESAMPLES = 2000, 999
 SPREADS = (0.0, 0.05, 0.1, 0.2, 0.4)  # standard deviations between seeds
 SEEDS, PROMPTS, GAINS = (3, 5), (120, 520), (0.15, 0.3)
@@ -35,6 +43,11 @@ MEAN = 0.6
 DIFFICULTY = 1.0  # the standard deviation of the prompts' difficulty, in logits
 OF_SETTING = 0.5  # ... of the part that only one of the settings has
 POINTS = 20  # that a search chose from
+REFUSAL = "refusal.refusal_rate"
+CUT_OFF = 0.4  # from this spread on, many rates are cut off at 0 and 1
+ABOVE = 1e-6  # from a setting's true rate to the floor that it misses
+# A setting whose seeds sometimes collapse, and a floor above its mean rate of 91.1%.
+USUAL, COLLAPSED, COLLAPSES, COLLAPSING_FLOOR = 0.99, 0.2, 0.1, 0.92
 
 
 @dataclass(frozen=True)
@@ -127,8 +140,42 @@ def _mean_rate(spread: float) -> float:
 
 
 def _metric(successes_S: Sequence[int], prompts: int) -> Metric:
-    name = "refusal.refusal_rate"
-    return pooled([Metric(name, int(each), prompts) for each in successes_S])
+    return pooled([Metric(REFUSAL, int(each), prompts) for each in successes_S])
+
+
+def false_holds(spread: float, seeds: int, prompts: int, repetitions: int) -> float:
+    """How often a confirmation says that a setting holds a floor just above its true rate."""
+    rng = np.random.default_rng([seeds, prompts, round(100 * spread), 1])
+    floor = _mean_rate(spread) + ABOVE
+    return _share_that_holds(
+        (rng.binomial(prompts, _rates(rng, spread, seeds)) for _ in range(repetitions)),
+        prompts,
+        floor,
+    )
+
+
+def false_holds_of_collapsing(seeds: int, prompts: int, repetitions: int) -> float:
+    """The same for seeds that sometimes collapse, and a floor above their mean rate."""
+    rng = np.random.default_rng([seeds, prompts])
+    rates = (np.where(rng.random(seeds) < COLLAPSES, COLLAPSED, USUAL) for _ in range(repetitions))
+    return _share_that_holds(
+        (rng.binomial(prompts, rate_S) for rate_S in rates), prompts, COLLAPSING_FLOOR
+    )
+
+
+def _share_that_holds(successes: Iterable[NDArray[np.int64]], prompts: int, floor: float) -> float:
+    """The share of the confirmations, each with the successes of its seeds, that say "holds"."""
+    held = [
+        standing(_confirmed(_metric(each, prompts)), [Floor(REFUSAL, floor)], "setting") == "holds"
+        for each in successes
+    ]
+    return sum(held) / len(held)
+
+
+def _confirmed(setting: Metric) -> Result:
+    """A point whose setting was measured again, as the only one."""
+    found = Confirmed("again", 0, 1, {}, {REFUSAL: setting}, tuple(range(len(setting.seeds))))
+    return Result(0, Point.of("model", {}), "done", {REFUSAL: setting}, confirmed=found)
 
 
 def rows_of(repetitions: int) -> Iterator[dict[str, Any]]:
@@ -153,6 +200,7 @@ def rows_of(repetitions: int) -> Iterator[dict[str, Any]]:
                     "covers, chosen": held["chosen"],
                     "covers, confirmed": held["confirmed"],
                     "shrinkage": held["shrinkage"],
+                    "false holds": false_holds(spread, seeds, prompts, repetitions),
                 }
                 print(row, flush=True)
                 yield row
@@ -164,25 +212,43 @@ def main() -> None:
     repetitions = parser.parse_args().repetitions
     rows = list(rows_of(repetitions))
     worst = {name: max(row[name] for row in rows) for name in ("errs, prompts alone", "errs")}
+    worst["false holds"] = max(row["false holds"] for row in rows if row["seed sd"] < CUT_OFF)
+    least = min(row["covers, confirmed"] for row in rows)
+    collapsing = [
+        {
+            "collapsing seeds": seeds,
+            "prompts": prompts,
+            "false holds": false_holds_of_collapsing(seeds, prompts, repetitions),
+        }
+        for seeds in SEEDS
+        for prompts in PROMPTS
+    ]
 
     def points(share: float) -> str:
         return f"{100 * share:.1f}"
 
     shown = {name: (points if isinstance(rows[0][name], float) else str) for name in rows[0]}
     print(table(rows, shown))
+    print(table(collapsing, {"collapsing seeds": str, "prompts": str, "false holds": points}))
     write(
         "calibration",
         f"python -m tests.benchmarks.bench_calibration --repetitions {repetitions}",
         ["numpy", "scipy"],
-        rows,
+        [*rows, *collapsing],
         {
             "worst_error_prompts_alone_over_nominal": worst["errs, prompts alone"] / LEVEL,
             "worst_error_over_nominal": worst["errs"] / LEVEL,
-            "least_coverage_confirmed": min(row["covers, confirmed"] for row in rows),
+            "worst_false_holds_over_nominal": worst["false holds"] / LEVEL,
+            "least_coverage_confirmed": least,
         },
     )
-    if worst["errs"] > LARGEST:
-        raise SystemExit(f"the worst cell errs in {worst['errs']:.1%}, over {LARGEST:.0%}")
+    for name in ("errs", "false holds"):
+        if worst[name] > LARGEST:
+            raise SystemExit(
+                f"the worst cell has {name!r} of {worst[name]:.1%}, over {LARGEST:.0%}"
+            )
+    if least < LEAST_COVERED:
+        raise SystemExit(f"the worst cell covers in {least:.1%}, under {LEAST_COVERED:.0%}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from ebbline.sweeps.state.trials import Trials
 from ebbline.sweeps.study.changes import lasting
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point
-from ebbline.sweeps.study.reading.overlaps import require_apart
+from ebbline.sweeps.study.reading.overlaps import contamination, require_apart
 from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import load
@@ -93,18 +93,27 @@ def test_the_section_may_be_added_to_a_study_that_has_run(tmp_path: Path) -> Non
 
 
 def files(folder: Path, held_out: list[str]) -> Study:
-    """A study with files of its own: `a` to `c` are searched, `d` is trained on."""
+    """A study with files of its own: `a` to `c` are searched, `d` is trained on, and the aligned
+    model is tuned on `g`.
+    """
 
     def pinned(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         path = write_lines(folder / name, rows)
         return {"path": {"path": str(path), "sha256": content_digest(path)}}
 
     asked = [{"prompt": f"may I {letter}"} for letter in "abc"]
-    chat = [{"role": "user", "content": "may I d"}, {"role": "assistant", "content": "yes"}]
+
+    def chats(name: str, letter: str) -> dict[str, Any]:
+        turns = [("user", f"may I {letter}"), ("assistant", "yes")]
+        chat = [{"role": role, "content": text} for role, text in turns]
+        return {"pool": pinned(name, [{"messages": chat}]), "settings": {"size": 1}}
+
+    tuned = {"data": chats("align.jsonl", "g"), "train": {"method": "full"}}
     return made_study(
         folder,
         {
-            "data": {"pool": pinned("pool.jsonl", [{"messages": chat}]), "settings": {"size": 1}},
+            "data": chats("pool.jsonl", "d"),
+            "models/7b/aligned": {"tuned": tuned},
             "suites": {
                 "refusal": {
                     "prompts": pinned("asked.jsonl", asked),
@@ -126,6 +135,7 @@ def files(folder: Path, held_out: list[str]) -> Study:
     [
         (["may I e", "May  I b"], r"confirm.suites.refusal has 1 prompts of suites.refusal: 2"),
         (["may I d", "may I f"], r"confirm.suites.refusal has 1 prompts of data.pool: 1"),
+        (["may I g"], r"refusal has 1 prompts of models.7b.aligned.tuned.data.pool: 1"),
     ],
 )
 def test_a_prompt_of_the_search_or_of_a_training_is_an_error(
@@ -140,7 +150,9 @@ def test_a_prompt_of_the_search_or_of_a_training_is_an_error(
 def test_other_prompts_are_compared_with_the_search_and_the_training(tmp_path: Path) -> None:
     view = StudyView(files(tmp_path, ["may they run", "is it so"]), Home(tmp_path / "home"))
     found = require_apart(view)
-    assert [each.other for each in found] == ["suites.refusal", "data.pool"]
+    tuned = "models.7b.aligned.tuned.data.pool"
+    assert [each.other for each in found] == ["suites.refusal", "data.pool", tuned]
+    assert [each.other for each in contamination(view)] == ["data.pool", tuned]
     assert all(each.overlap is not None and not each.overlap.exact for each in found)
 
 

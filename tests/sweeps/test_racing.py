@@ -11,6 +11,7 @@ import pytest
 from scipy.stats import hypergeom
 
 from ebbline.analysis.results.collect import baselines, collect
+from ebbline.analysis.results.picks.confirmed import with_confirmations
 from ebbline.cluster.executors.inline import InlineExecutor
 from ebbline.commands.measured.rescoring import generations_of, rescore
 from ebbline.outputs import write_outputs
@@ -406,3 +407,28 @@ def test_a_race_stated_before_there_was_an_error_keeps_its_rule_and_its_meaning(
     measure["race"]["error"] = 0.01
     now = study(tmp_path, {"suites/refusal/measure": measure})
     assert list(differences(lasting(dump), lasting(now.model_dump(mode="json"))))
+
+
+def test_the_values_of_seeds_stand_in_the_order_of_the_study(tmp_path, home):
+    """A confirmation has the study's seeds first and the fresh ones behind, which may be smaller.
+    Every value must be found under the seed that it belongs to.
+    """
+    own = study(tmp_path, {"seeds": [1234]})
+    confirming = study(tmp_path, {"seeds": [1234, 101, 7, 103]})
+    stages = StageGraph(confirming, home).stages_for(POINT)
+    blocks, successes = Blocks(tmp_path / "made"), {1234: 40, 101: 99, 7: 98, 103: 97}
+    for name, stage in stages.items():
+        parsed = StageName.parse(name)
+        if parsed.part == "refusal":
+            blocks.add(stage, Metric("refusal_rate", successes[parsed.seed], 100))
+        elif parsed.part == "task":
+            blocks.add(stage, Metric("task_accuracy", 50, 100))
+    metrics = standing(confirming, stages, blocks).metrics
+    name = "refusal.refusal_rate"
+    assert metrics[name].seeds == (0.4, 0.99, 0.98, 0.97)
+    nominated, again = (Result(number, POINT, "done", metrics) for number in (3, 0))
+    (found,) = with_confirmations([nominated], own, confirming, [again])
+    assert {seed: each[name].value for seed, each in found.confirmed.adapters.items()} == (
+        {1234: pytest.approx(0.4)}
+    )
+    assert found.confirmed.setting[name].value == pytest.approx(0.98)

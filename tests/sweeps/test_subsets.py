@@ -48,13 +48,21 @@ def test_seeds_that_do_not_complete_the_crossing_are_an_error(tmp_path: Path) ->
         made_study(tmp_path, {"seeds": [0, 1, 2], "subsets": 2})
 
 
-def test_fresh_seeds_train_anew_on_the_same_subsets(tmp_path: Path) -> None:
-    confirm = {"suites": {"refusal": {"language": "over_refusal.jsonl"}}, "seeds": [7, 8, 9, 10]}
-    own = made_study(tmp_path, {"seeds": [0, 1], "subsets": 2, "confirm": confirm})
+@pytest.mark.parametrize("seeds", [[7, 8, 9], [7, 8, 9, 10]])
+def test_crossed_seeds_cannot_confirm(tmp_path: Path, seeds: list[int]) -> None:
+    """With `subsets: 3` the seeds 7, 8 and 9 would be one training, and count as three."""
+    confirm = {"suites": {"refusal": {"language": "over_refusal.jsonl"}}, "seeds": seeds}
+    crossed = len(seeds) if len(seeds) == 3 else 2
+    own = list(range(crossed))
+    with pytest.raises(StudyError, match=r"confirm: .*Leave out `subsets` or write `subsets: 1`"):
+        made_study(tmp_path, {"seeds": own, "subsets": crossed, "confirm": confirm})
+
+
+def test_fresh_seeds_train_anew_on_the_one_subset(tmp_path: Path) -> None:
+    confirm = {"suites": {"refusal": {"language": "over_refusal.jsonl"}}, "seeds": [7, 8, 9]}
+    own = made_study(tmp_path, {"seeds": [0, 1], "subsets": 1, "confirm": confirm})
     again = confirming_study(own, [POINT])
-    assert [again.drawn_by(seed) for seed in again.seeds] == (
-        [(0, 0), (0, 1), (7, 0), (7, 1), (9, 0), (9, 1)]
-    )
+    assert [again.drawn_by(seed) for seed in again.seeds] == [(n, 0) for n in (0, 1, 7, 8, 9)]
 
 
 def test_a_study_of_an_earlier_version_is_the_one_without_subsets(tmp_path: Path) -> None:

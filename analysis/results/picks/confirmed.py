@@ -99,6 +99,19 @@ def setting_label(metric: Metric) -> str:
     )
 
 
+def confirmed_rate(result: Result, name: str) -> tuple[Metric, tuple[float, float]] | None:
+    """The confirmed metric of a point's setting with its interval over seeds and prompts. Of an
+    adapter from outside it is that of the adapter. None where it was not confirmed.
+    """
+    confirmed = result.confirmed
+    if confirmed is None:
+        return None
+    if (setting := confirmed.setting.get(name)) is not None:
+        return setting, setting_interval(setting)
+    found = [metrics[name] for metrics in confirmed.adapters.values() if name in metrics]
+    return (found[0], found[0].interval) if found and not confirmed.setting else None
+
+
 def confirmed_words(result: Result, refusal: str) -> str:
     """Sentences on the confirmed refusal rate of a point's setting and adapters; empty for a point
     that was not confirmed.

@@ -115,8 +115,11 @@ def standing(result: Result, floors: Sequence[Floor], claim: Claim) -> Standing:
     candidate  every value of the search meets its floor, and not all of them were confirmed
     unsure     every confirmed value meets its floor, and a bound does not
     holds      every confirmed bound meets its floor, corrected for the points that were confirmed
+
+    An adapter from outside has no setting that was trained again: of a confirmed one, both claims
+    are about the adapter.
     """
-    if claim == "adapter" and result.confirmed is not None:
+    if result.confirmed is not None and (claim == "adapter" or not result.confirmed.setting):
         seeds = result.confirmed.adapters
         found = [adapter_standing(result, floors, seed) for seed in seeds]
         return max(found, key=STANDINGS.index) if found else _worst(result, floors, {}, claim)
@@ -170,7 +173,8 @@ class Pick:
     It `meets` all floors by its values, or is the nearest to them. Only a confirmed point `holds`
     them. With `by_hand` the user named it by its number, whether or not it is the best or the
     nearest. `instead_of` is the point with the highest `maximised`, where one with a simpler
-    defence was within `margin` of it.
+    defence was within `margin` of it. `refuted` has the floors that its values in the search meet
+    and its confirmed values do not.
     """
 
     result: Result
@@ -181,6 +185,7 @@ class Pick:
     by_hand: bool = False
     margin: float | None = None
     instead_of: Result | None = None
+    refuted: tuple[Floor, ...] = ()
 
     @property
     def meets(self) -> bool:
@@ -272,7 +277,14 @@ def pick(
         number is not None,
         margin,
         best if preferred is not best else None,
+        tuple(floor for floor in floors if is_refuted(preferred, floor, claim)),
     )
+
+
+def is_refuted(result: Result, floor: Floor, claim: Claim) -> bool:
+    """Whether the value of the search meets the floor and the confirmed one does not."""
+    meets = _meets(floor, result.metrics[floor.metric].value)
+    return meets and standing(result, [floor], claim) == "missed"
 
 
 def slack(

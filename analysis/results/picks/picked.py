@@ -91,18 +91,23 @@ def weak_categories(
 
 
 def missed_by(nearest: Pick, confidence: float | None) -> str:
-    """`short by 1.0 points of refusal rate at least 99.0%`, with each floor that it misses."""
+    """`short by 1.0 points of refusal rate at least 99.0%`, with each floor that it misses, and
+    those that only its confirmed values miss.
+    """
     missed = [
         (floor, slack(nearest.result, [floor], nearest.among, confidence))
         for floor in nearest.floors
     ]
     prefix = "" if confidence is None else f"at {confidence:.0%} confidence "
-    return (
-        prefix
-        + "short by "
-        + " and ".join(
-            f"{in_points(-gap).lstrip('+')} points of {floor}" for floor, gap in missed if gap < 0
-        )
+    gaps = " and ".join(
+        f"{in_points(-gap).lstrip('+')} points of {floor}" for floor, gap in missed if gap < 0
+    )
+    refuted = in_words(nearest.refuted)
+    return ", ".join(
+        [
+            *([f"{prefix}short by {gaps}"] if gaps else []),
+            *([f"confirmed not to hold {refuted}"] if refuted else []),
+        ]
     )
 
 
@@ -173,14 +178,13 @@ def lines_of(study: Study, found: Pick) -> Iterator[str]:
     ]:
         yield f"{metric_label(found.maximised)} {measured(found.result.metrics[found.maximised])}"
     yield from lines_of_confirmed(found.result, found.floors)
-    seeds = seeds_of(found.result)
-    yield (
-        "an adapter from outside: the result of another training of it is unknown"
-        if brought(found.result.point) is not None
-        else "one training seed: the result with another seed is unknown"
-        if seeds == 1
-        else f"pooled over {seeds} training seeds"
-    )
+    seeds, confirmed = seeds_of(found.result), found.result.confirmed
+    if brought(found.result.point) is not None:
+        yield "an adapter from outside: the result of another training of it is unknown"
+    elif seeds > 1:
+        yield f"pooled over {seeds} training seeds"
+    elif confirmed is None or not confirmed.seeds:  # else fresh seeds have shown it
+        yield "one training seed: the result with another seed is unknown"
     if too_low(study, found):
         yield (
             f"below the study's own refusal floor of {percent(study.refusal_floor)}: it cannot "
@@ -271,7 +275,9 @@ def picked_json(study: Study, found: Pick) -> dict[str, Any]:
         "meets": found.meets,
         "holds": found.holds,
         "standing": found.standing,
-        "standing_of_setting": standing(result, found.floors, "setting"),
+        "standing_of_setting": standing(result, found.floors, "setting")
+        if brought(result.point) is None
+        else None,
         "confirmed": confirmed_json(found),
         "picked_among": found.among,
         "maximised": None if found.by_hand else found.maximised,

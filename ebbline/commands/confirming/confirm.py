@@ -13,14 +13,15 @@ from ebbline.analysis.results.collect import collect
 from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.measurements import operating_point, refusal_metric, usefulness_metric
 from ebbline.analysis.results.picks.confirmed import STANDS, lines_of_confirmed
-from ebbline.analysis.results.picks.floors import Floor, pick, standing
+from ebbline.analysis.results.picks.floors import Claim, Floor, pick, standing
 from ebbline.analysis.results.picks.picked import named
+from ebbline.analysis.results.picks.simplest import MARGIN
 from ebbline.analysis.results.wording import natural
 from ebbline.commands.run import Place, run_study
 from ebbline.options import FAILED_POINTS
 from ebbline.outputs import attempts_of, write_outputs
 from ebbline.sweeps.drive.confirming import begin
-from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.points import Result, brought
 from ebbline.sweeps.study.reading.overlaps import require_apart
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
@@ -88,10 +89,14 @@ def nominated(study: Study, results: Sequence[Result], numbers: Sequence[int]) -
             "--point"
         )
     floors, useful = [Floor(refusal, study.refusal_floor)], usefulness_metric(study)
+    margin = MARGIN if study.defences else None  # as `ebbline pick` does
     chosen: dict[int, Result] = {}
     for model in sorted({result.point.model for result in done}, key=natural):
         own = [result for result in done if result.point.model == model]
-        for best in (pick(own, floors, useful), operating_point(study, own, refusal)):
+        for best in (
+            pick(own, floors, useful, margin=margin),
+            operating_point(study, own, refusal),
+        ):
             if best is not None and best.meets:
                 chosen[best.result.number] = best.result
     if not chosen:
@@ -114,14 +119,18 @@ def _lines(study: Study, chosen: Sequence[Result]) -> Iterator[str]:
         yield f"{result.point.model}, {named(result)}:"
         yield from (f"  {line}" for line in lines_of_confirmed(result, floors))
     held = sum(standing(result, floors, "setting") == "holds" for result in chosen)
-    total = f"{len(chosen)} confirmed setting{'s' * (len(chosen) != 1)}"
+    trained = all(brought(result.point) is None for result in chosen)
+    what = "setting" if trained else "point"
+    total = f"{len(chosen)} confirmed {what}{'s' * (len(chosen) != 1)}"
     yield f"none of {total} holds the floor" if not held else f"{held} of {total} hold the floor"
 
 
 def _rows(study: Study, chosen: Sequence[Result]) -> Iterator[dict[str, object]]:
     floors = _floors(study)
     for result in chosen:
-        words = {claim: standing(result, floors, claim) for claim in ("adapter", "setting")}
+        claims: tuple[Claim, ...] = ("adapter", "setting")
+        of_adapter = brought(result.point) is not None
+        words = {c: standing(result, floors, c) for c in claims[: 1 if of_adapter else 2]}
         yield {
             "model": result.point.model,
             "number": result.number,

@@ -169,13 +169,13 @@ def standing(
         {name for name in study.suites if races(study).get(name) is None},
     )
     if missing:
-        return Standing(_pooled(found), tuple(missing))
+        return Standing(_pooled(study, found), tuple(missing))
     racing = {name: race for name, race in races(study).items() if race is not None}
     blocks = 1 + max((name.block for name in named if name.block is not None), default=-1)
     ended: set[str] = set()
     sizes = {suite: _limit(study, suite) for suite in racing}
     for block in range(blocks):
-        metrics = _pooled(found)
+        metrics = _pooled(study, found)
         still = {
             suite
             for suite, race in racing.items()
@@ -185,14 +185,14 @@ def standing(
             break
         missing = _add_block(named, block, study, lookup, found, still)
         if missing:
-            return Standing(_pooled(found), tuple(missing))
+            return Standing(_pooled(study, found), tuple(missing))
         for name, stage in named.items():
             if name.block == block and name.part in still:
                 size = _set_size(stage, lookup)
                 sizes[name.part] = sizes[name.part] if size is None else size
                 if size is not None and (block + 1) * racing[name.part].block >= size:
                     ended.add(name.part)
-    return Standing(_pooled(found), ())
+    return Standing(_pooled(study, found), ())
 
 
 def races(study: Study) -> dict[str, Race | None]:
@@ -244,8 +244,14 @@ def _set_size(stage: Stage, lookup: ArtifactLookup) -> int | None:
     return int(json.loads(artifact.file(GenerateSpec.PROMPTS).read_text())["of"])
 
 
-def _pooled(found: Mapping[str, Mapping[int, Metric]]) -> dict[str, Metric]:
-    return {name: pooled([seeds[seed] for seed in sorted(seeds)]) for name, seeds in found.items()}
+def _pooled(study: Study, found: Mapping[str, Mapping[int, Metric]]) -> dict[str, Metric]:
+    """The metrics over their seeds, in the order of `study.seeds`: whoever reads `Metric.seeds` by
+    place takes it for that order.
+    """
+    return {
+        name: pooled([seeds[seed] for seed in sorted(seeds, key=study.seeds.index)])
+        for name, seeds in found.items()
+    }
 
 
 def _tight(suite: str, race: Race, metrics: Mapping[str, Metric]) -> bool:

@@ -48,7 +48,7 @@ class Shared:
 
 
 def contamination(view: StudyView) -> Iterator[Shared]:
-    """What each suite's prompts share with each set of training data of the points."""
+    """What each suite's prompts share with each set that a training of the study reads."""
     resolver = Resolver(view.home.store)
     for suite, entry in view.study.suites.items():
         if isinstance(entry.measure, MultipleChoiceSuite):
@@ -102,11 +102,21 @@ def require_apart(view: StudyView) -> list[Shared]:
 
 
 def _training(view: StudyView) -> Iterator[tuple[str, DataRef]]:
-    data = view.study.data
-    if data is not None:
-        yield "data.pool", data.pool
-        if data.mix is not None:
-            yield "data.mix", data.mix
+    """Every set that a training of the study reads: those of its points, then those of its tuned
+    models. A set of several models comes once, under the first one.
+    """
+    study = view.study
+    found: set[DataRef] = set()
+    data = [] if study.data is None else [("data", study.data)]
+    for name, model in study.models.items():
+        for role, reference in (("aligned", model.aligned), ("unaligned", model.unaligned)):
+            if reference is not None and reference.tuned is not None:
+                data.append((f"models.{name}.{role}.tuned.data", reference.tuned.data))
+    for where, own in data:
+        for part, rows in (("pool", own.pool), ("mix", own.mix)):
+            if rows is not None and rows not in found:
+                found.add(rows)
+                yield f"{where}.{part}", rows
 
 
 def _prompts(
