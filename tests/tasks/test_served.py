@@ -10,6 +10,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -24,6 +25,7 @@ from ebbline.tasks.measuring.grouped.requests import group_name
 from ebbline.tasks.measuring.served import guard, starting
 from ebbline.tasks.measuring.served.client import Client, greedy
 from ebbline.tasks.measuring.served.place import KEY, ServerPlace, given_at
+from ebbline.tasks.measuring.served.server import server_for
 from ebbline.tasks.measuring.served.stream import streamed
 from ebbline.tasks.measuring.served.wanted import Wanted
 from ebbline.tasks.specs import Decoding, EvaluateSpec, GenerateSpec
@@ -564,6 +566,66 @@ def test_what_a_server_needs_follows_from_its_adapters(tmp_path, pair, adapters)
     assert {"q_proj", "down_proj"} < wanted.names
 
 
+@pytest.fixture
+def starts(stand, monkeypatch):
+    """What each server was started for; the stand-in is the server."""
+    found = []
+
+    def start(wanted, place, ctx):
+        found.append(wanted)
+        process = SimpleNamespace(is_running=True, end=lambda: 0)
+        return Client(stand(version="0.32.0").url), "served", process
+
+    monkeypatch.setattr("ebbline.tasks.measuring.served.server.started", start)
+    return found
+
+
+@pytest.fixture(scope="module")
+def unlike(tmp_path_factory, pair):
+    """Adapters of different layers and ranks, and one that no server reads."""
+    from tests.tasks.test_grouped import tuned
+
+    here = tmp_path_factory.mktemp("unlike")
+    return [
+        tuned(here / "queries", pair, r=16, target_modules=["q_proj"]),
+        tuned(here / "values", pair, r=8, target_modules=["v_proj", "down_proj"]),
+        tuned(here / "dora", pair, use_dora=True),
+    ]
+
+
+def asked_for(pair, adapter):
+    return Wanted.by(
+        GenerateSpec(backend="vllm==0.32.0"), pair.aligned, 9, [adapter] if adapter else []
+    )
+
+
+def test_a_server_is_kept_only_for_layers_that_it_was_started_with(tmp_path, pair, starts, unlike):
+    """vLLM drops the layers of an adapter that it was not started with, and says nothing."""
+    from tests.tiny import context
+
+    queries, values, _ = unlike
+    ctx = context(tmp_path, server={"python": "/p"})
+    for adapter in (queries, None, values, queries, values, None):
+        server_for(asked_for(pair, adapter), ctx)
+    assert [sorted(each.names) for each in starts] == [
+        ["q_proj"],
+        ["down_proj", "q_proj", "v_proj"],
+    ]
+    assert [each.rank for each in starts] == [16, 16]
+    ctx.residents.clear()
+
+
+def test_a_server_is_started_once_for_all_adapters_that_are_known(tmp_path, pair, starts, unlike):
+    from tests.tiny import context
+
+    ctx = context(tmp_path, server={"python": "/p"}, adapters=unlike)
+    for adapter in (None, *unlike[1::-1]):
+        server_for(asked_for(pair, adapter), ctx)
+    (started,) = starts
+    assert started.names == {"q_proj", "v_proj", "down_proj"} and started.rank == 16
+    ctx.residents.clear()
+
+
 def evaluated(*arguments):
     from typer.testing import CliRunner
 
@@ -597,6 +659,22 @@ def test_the_command_measures_at_an_address_and_reports_each_completion_that_dif
         assert "word" not in "".join(found)
     asked = len(server.bodies)
     assert asked == 12 and evaluated(*arguments).exit_code == 0 and len(server.bodies) == asked
+
+
+def test_the_command_starts_one_server_for_all_its_adapters(tmp_path, pair, starts, unlike):
+    from tests.tiny import write_lines
+
+    prompts = write_lines(tmp_path / "set.jsonl", [{"id": "1", "prompt": "word1"}])
+    arguments = [
+        *("--model", pair.aligned, "--suite", "refusal", "--prompts", prompts),
+        *("--adapter", unlike[1], "--adapter", unlike[0], "--dtype", "float32"),
+        *("--max-new-tokens", NEW, "--out", tmp_path / "out", "--backend", "vllm==0.32.0"),
+        *("--server", sys.executable),
+    ]
+    done = evaluated(*arguments)
+    assert done.exit_code == 0, done.output
+    (started,) = starts
+    assert started.names == {"q_proj", "v_proj", "down_proj"} and started.rank == 16
 
 
 @pytest.mark.parametrize(
