@@ -28,7 +28,9 @@ FAILED, HELD, LOST = 1, 4, 75
 LONGEST = 400  # characters of a name, and of a library's own message
 _LONG_WORD = re.compile(rf"\S{{{LONGEST + 1},}}")
 MORE = f"`--traceback` (or {DEBUG}=1) shows where"
-PACKAGE = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
+# The folders of ebbline's own code: in a clone some are links to folders beside the package
+OWN = (PACKAGE, *(folder.resolve() for folder in sorted(PACKAGE.iterdir()) if folder.is_symlink()))
 # Modules of the standard library whose errors say that a file is damaged
 _READERS = ("json", "zipfile", "zlib", "gzip", "csv", "xml", "tarfile", "struct", "lzma", "bz2")
 # By name, so that `--help` imports none of them
@@ -158,8 +160,13 @@ def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
 
 
 def _is_own(frame: FrameType) -> bool:
+    return _own_path(frame) is not None
+
+
+def _own_path(frame: FrameType) -> Path | None:
+    """The path of ebbline's code from the folder that holds it; None for other code."""
     path = Path(frame.f_code.co_filename).resolve()
-    return path.is_relative_to(PACKAGE) and "site-packages" not in path.parts
+    return next((path.relative_to(own.parent) for own in OWN if path.is_relative_to(own)), None)
 
 
 def _file_of(error: BaseException) -> Path | None:
@@ -196,8 +203,8 @@ def _library_of(error: BaseException) -> str | None:
 
 def _place_of(error: BaseException) -> str:
     for frame, line in _frames(error):
-        if _is_own(frame):
-            return f"{Path(frame.f_code.co_filename).resolve().relative_to(PACKAGE)}:{line}"
+        if (path := _own_path(frame)) is not None:
+            return f"{path}:{line}"
     standard = sysconfig.get_paths()["stdlib"]
     for frame, line in _frames(error):
         return f"{frame.f_code.co_filename.removeprefix(standard)}:{line}"

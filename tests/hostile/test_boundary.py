@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import runpy
+import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ import typer
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
-from ebbline.boundary.answers import MORE, answer_to
+from ebbline.boundary.answers import MORE, PACKAGE, answer_to
 from ebbline.options import JsonOption, explained
+from ebbline.tasks.data.csv_rows import spreadsheet_cell
 from ebbline.tasks.errors import DatabaseLost, DataError, StudyHeld
 
 
@@ -102,8 +105,20 @@ def test_the_interpreters_limits_are_sentences(error: Exception) -> None:
 
 
 def test_a_mistake_of_ebbline_says_so_and_where() -> None:
-    answer = answer_to(raised(lambda: {}["key"]))
-    assert answer.text.startswith("ebbline has a fault at tests/hostile/test_boundary.py:")
+    answer = answer_to(raised(lambda: spreadsheet_cell(None)))  # type: ignore[arg-type]
+    assert answer.text.startswith("ebbline has a fault at tasks/data/csv_rows.py:")
+
+
+def test_a_mistake_of_an_installed_ebbline_says_so_too(tmp_path: Path) -> None:
+    """Its folder is in site-packages, as those of other libraries are."""
+    installed = tmp_path / "site-packages" / "ebbline"
+    for path in ("boundary/answers.py", "tasks/data/csv_rows.py"):
+        (installed / path).parent.mkdir(parents=True)
+        shutil.copy(PACKAGE / path, installed / path)
+    answers = runpy.run_path(str(installed / "boundary" / "answers.py"), run_name="installed")
+    rows = runpy.run_path(str(installed / "tasks" / "data" / "csv_rows.py"))
+    answer = answers["answer_to"](raised(lambda: rows["spreadsheet_cell"](None)))
+    assert answer.text.startswith("ebbline has a fault at ebbline/tasks/data/csv_rows.py:")
 
 
 def test_errors_on_purpose_keep_their_message_and_their_code() -> None:
