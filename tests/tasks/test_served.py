@@ -104,7 +104,7 @@ class Stand:
         if self.tokens:
             choice["token_ids"] = [word] * count
         usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": count}
-        answer = {"choices": [choice], "usage": usage}
+        answer = {"model": body["model"], "choices": [choice], "usage": usage}
         return self.change(body, answer) if self.change else (200, answer)
 
 
@@ -325,9 +325,14 @@ def wrong(status, text):
             "read a prompt of 2 tokens as 3",
         ),
         (
-            lambda body, answer: (200, {"choices": [{"text": "x"}]}),
+            lambda body, answer: (200, {**answer, "choices": [{"text": "x"}], "usage": None}),
             EvaluationError,
             "neither the tokens .* nor their number",
+        ),
+        (
+            lambda body, answer: (200, {**answer, "model": "other"}),
+            EvaluationError,
+            "was asked for served and answers as other",
         ),
     ],
 )
@@ -361,6 +366,65 @@ def test_log_likelihoods_are_those_of_the_continuation_alone(stand):
 def test_a_server_without_log_probabilities_is_an_error(stand):
     with pytest.raises(EvaluationError, match="no log-probabilities of a prompt"):
         Client(stand().url).log_likelihood("served", [1], [2])
+
+
+def echoed(before=(), **changes):
+    """An echo as of a server that puts tokens before a prompt, with some of its parts changed."""
+
+    def change(body, answer):
+        tokens = [*before, *body["prompt"]]
+        values = [None, *(-float(token) for token in tokens[1:]), -0.5]
+        best = [None, *({f"token_id:{n}": value} for n, value in enumerate(values[1:]))]
+        names = [f"token_id:{token}" for token in (*tokens, 9)]
+        found = {"token_logprobs": values, "top_logprobs": best, "tokens": names}
+        for name, new in changes.items():
+            if name in found:
+                found[name] = new(found[name])
+        answer["choices"][0]["logprobs"] = found
+        answer["usage"]["prompt_tokens"] = len(tokens)
+        if "answer" in changes:
+            changes["answer"](answer)
+        return 200, answer
+
+    return change
+
+
+NO_LOGPROBS = "no log-probabilities of a prompt"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (echoed(before=[1]), NO_LOGPROBS),
+        (
+            echoed(
+                before=[1], token_logprobs=lambda own: own[:-1], top_logprobs=lambda own: own[:-1]
+            ),
+            "read a prompt of 5 tokens as 6",
+        ),
+        (echoed(tokens=lambda own: ["token_id:1", *own[:-1]]), "answers for other tokens"),
+        (echoed(token_logprobs=lambda own: own[2:]), NO_LOGPROBS),
+        (echoed(token_logprobs=lambda own: [*own[:-2], float("nan"), own[-1]]), NO_LOGPROBS),
+        (echoed(top_logprobs=lambda own: None), NO_LOGPROBS),
+        (echoed(top_logprobs=lambda own: [*own[:-2], None, own[-1]]), NO_LOGPROBS),
+        (echoed(answer=lambda own: own.pop("usage")), "read a prompt of 5 tokens as None"),
+        (echoed(answer=lambda own: own.update(model="base")), "answers as base"),
+        (echoed(answer=lambda own: own.pop("model")), "answers as None"),
+        (
+            echoed(
+                answer=lambda own: own["choices"][0].update(prompt_token_ids=[1, 10, 20, 30, 40])
+            ),
+            "answers for other tokens",
+        ),
+    ],
+)
+def test_an_echo_of_other_tokens_or_of_another_model_is_an_error(stand, change, reason):
+    """A server that begins each prompt with a token of its own would shift every answer by one."""
+    client = Client(stand(change=change).url)
+    with pytest.raises(EvaluationError, match=reason):
+        client.log_likelihood("served", [10, 20, 30], [40, 50])
+    right = Client(stand(change=echoed()).url)
+    assert right.log_likelihood("served", [10, 20, 30], [40, 50]) == (-90.0, True)
 
 
 def test_a_stream_keeps_few_in_flight_and_what_may_not_meet_apart():
