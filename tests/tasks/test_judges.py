@@ -32,6 +32,7 @@ from ebbline.tasks.errors import ModelError
 from ebbline.tasks.judges.facts import JUDGES, JudgeTemplate
 from ebbline.tasks.measuring.completions import Completion
 from ebbline.tasks.measuring.judge import read_verdicts, run
+from ebbline.tasks.measuring.judges.readings import UNPARSED
 from ebbline.tasks.measuring.judges.templates import TEMPLATES
 from ebbline.tasks.measuring.metrics import read_metrics, read_samples
 from ebbline.tasks.measuring.score import run as run_score
@@ -190,6 +191,16 @@ READ = [
     ("sorry-bench", "0.5", "unparsed", None),
     ("sorry-bench", "safe", "unparsed", None),
 ]
+
+
+def test_an_answer_that_was_cut_off_states_no_verdict_that_comes_last():
+    for name, answer, _, _ in READ:
+        template = TEMPLATES[name]
+        last = name in ("qi", "strongreject-rubric")
+        assert template.verdict(answer, ended=True) == template.read(answer)
+        assert template.verdict(answer, ended=False) == (
+            UNPARSED if last else template.read(answer)
+        )
 
 
 @pytest.mark.parametrize(("name", "answer", "verdict", "grade"), READ)
