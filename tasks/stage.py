@@ -136,8 +136,9 @@ class Context:
     raises Leaving. `step_done` is called after each step of a training, and `resumed` with the
     steps of the checkpoint that it continues from. `saved` is called after each complete checkpoint
     in `scratch`. `server` says where the server of the Spec's backend lies (fields of
-    ebbline.tasks.measuring.served.place.ServerPlace); None where it is not known. `contents` has
-    the content digests of the inputs, where they are known.
+    ebbline.tasks.measuring.served.place.ServerPlace); None where it is not known. A server that is
+    started makes room for `adapters`, those of the stages that follow, where they are known.
+    `contents` has the content digests of the inputs, where they are known.
     """
 
     log: Path
@@ -157,6 +158,7 @@ class Context:
     gradient_checkpointing: bool | None = None
     gpus: int = 0
     server: Mapping[str, Any] | None = None
+    adapters: Sequence[Path] = ()
     contents: Mapping[str, str] = field(default_factory=dict)
     # ebbline.tasks.models.loading.Residents: what this process keeps loaded between stages
     residents: Any = None

@@ -28,11 +28,20 @@ FAILED, HELD, LOST = 1, 4, 75
 LONGEST = 400  # characters of a name, and of a library's own message
 _LONG_WORD = re.compile(rf"\S{{{LONGEST + 1},}}")
 MORE = f"`--traceback` (or {DEBUG}=1) shows where"
-PACKAGE = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
+# The folders of ebbline's own code: in a clone some are links to folders beside the package
+OWN = (PACKAGE, *(folder.resolve() for folder in sorted(PACKAGE.iterdir()) if folder.is_symlink()))
 # Modules of the standard library whose errors say that a file is damaged
 _READERS = ("json", "zipfile", "zlib", "gzip", "csv", "xml", "tarfile", "struct", "lzma", "bz2")
 # By name, so that `--help` imports none of them
 _DATABASES = {("sqlite3", "Error"), ("sqlalchemy", "SQLAlchemyError")}
+# What a library raises for a call that does not fit. No file is damaged then: the call is ebbline's
+_MISUSES = (TypeError, AttributeError, LookupError, AssertionError, NameError)
+_MISFIT = re.compile(
+    r"shapes? .*(cannot|not aligned)|size of tensor|could not be broadcast|must match the size"
+    r"|index .*out of (range|bounds)|to have the same dtype|tensors? to be on the same device"
+)
+_ENDLESS = 100  # own frames of a RecursionError that no reader of a file leaves
 _DAMAGED = "Is it damaged, or of another kind? Restore it from a copy, or make it again"
 
 
@@ -88,13 +97,16 @@ def _sentence(error: BaseException) -> str:
             f"a text holds a character that {error.encoding} cannot write (half of a surrogate "
             "pair, or a file name that is not UTF-8). Remove it, or rename the file"
         )
-    if isinstance(error, RecursionError):
+    if (
+        isinstance(error, RecursionError)
+        and sum(_is_own(at) for at, _ in _frames(error)) < _ENDLESS
+    ):
         return f"{there} is nested too deeply to be read. Make it flatter"
     if isinstance(error, RuntimeError) and "Symlink loop" in str(error):
         return f"the links of a path lead in a circle: {_first_line(error)}. Remove the links"
     if isinstance(error, RuntimeError) and "home directory" in str(error):
         return "a path begins with `~` and a user that is not known here. Write the whole path"
-    if isinstance(error, MemoryError):
+    if _is_out_of_memory(error):
         return "the machine has too little memory. Give a smaller limit or batch, or more memory"
     names = {(each.__module__.partition(".")[0], each.__name__) for each in type(error).__mro__}
     if ("pydantic_core", "ValidationError") in names:
@@ -105,16 +117,33 @@ def _sentence(error: BaseException) -> str:
             "stages are in the store and are not lost"
         )
     module = type(error).__module__.partition(".")[0]
-    if module in _READERS or isinstance(error, EOFError):
+    if module.removeprefix("_") in _READERS or isinstance(error, EOFError):
         return f"{there} cannot be read: {_first_line(error)}. {_DAMAGED}"
     library = _library_of(error)
-    if library is not None:
-        about = "" if file is None else f" about {file}"
+    about = "" if library is None or file is None else f" about {there}"
+    if library is not None and not _is_misuse(error):
         return f"{library} reports{about}: {_first_line(error)}. {_DAMAGED}"
     return (
-        f"ebbline has a fault at {_place_of(error)}: {_first_line(error)}. Please report it, with "
-        "the command and the traceback"
+        f"ebbline has a fault at {_place_of(error)}{about}: {_first_line(error)}. Please report "
+        "it, with the command and the traceback"
     )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or its GPU lacks memory. torch says so in errors of its own."""
+    of_gpu = any(each.__name__ == "OutOfMemoryError" for each in type(error).__mro__)
+    of_torch = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or of_gpu or of_torch
+
+
+def _is_misuse(error: BaseException) -> bool:
+    """Whether a library was called with what does not fit, so that the fault is ebbline's. Errors
+    that a library defines say that a file is not as it should be.
+    """
+    if type(error).__module__ != "builtins":
+        return False
+    misfits = isinstance(error, RuntimeError | ValueError) and _MISFIT.search(str(error))
+    return isinstance(error, _MISUSES) or bool(misfits)
 
 
 def _faults_of(error: Any) -> str:
@@ -158,8 +187,13 @@ def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
 
 
 def _is_own(frame: FrameType) -> bool:
+    return _own_path(frame) is not None
+
+
+def _own_path(frame: FrameType) -> Path | None:
+    """The path of ebbline's code from the folder that holds it; None for other code."""
     path = Path(frame.f_code.co_filename).resolve()
-    return path.is_relative_to(PACKAGE) and "site-packages" not in path.parts
+    return next((path.relative_to(own.parent) for own in OWN if path.is_relative_to(own)), None)
 
 
 def _file_of(error: BaseException) -> Path | None:
@@ -196,8 +230,8 @@ def _library_of(error: BaseException) -> str | None:
 
 def _place_of(error: BaseException) -> str:
     for frame, line in _frames(error):
-        if _is_own(frame):
-            return f"{Path(frame.f_code.co_filename).resolve().relative_to(PACKAGE)}:{line}"
+        if (path := _own_path(frame)) is not None:
+            return f"{path}:{line}"
     standard = sysconfig.get_paths()["stdlib"]
     for frame, line in _frames(error):
         return f"{frame.f_code.co_filename.removeprefix(standard)}:{line}"

@@ -183,7 +183,7 @@ def evaluate(
     residents, results = Residents(), dict[str, Measured]()
     generated: list[tuple[str, Context, Stage]] = []
     try:
-        for name, adapter in _by_rank(named) if place else named:
+        for name, adapter in named:
             at, inputs = Path(out) / name, dict(shared)
             if adapter is not None:
                 inputs["adapter"] = _source(adapter)
@@ -196,6 +196,7 @@ def evaluate(
                 residents=residents,
                 progress=progress,
                 server=place,
+                adapters=[path for _, path in named if path is not None],
                 contents={role: source.content for role, source in inputs.items()},
             )
             generated += [
@@ -252,18 +253,6 @@ def _reason(error: ValueError) -> str:
     """What is wrong with the place of a server, without the place: it may hold a key."""
     found = error.errors(include_input=False)[0]["msg"] if hasattr(error, "errors") else str(error)
     return str(found).removeprefix("Value error, ")
-
-
-def _by_rank(named: Sequence[tuple[str, Path | None]]) -> list[tuple[str, Path | None]]:
-    """In the order in which one server can measure all: it makes room for the first one's rank."""
-
-    def rank(adapter: Path | None) -> int:
-        if adapter is None:
-            return 0
-        tensors = read_adapter_file(adapter).tensors.items()
-        return max(tensor.shape[0] for name, tensor in tensors if "lora_A" in name)
-
-    return sorted(named, key=lambda each: -rank(each[1]))
 
 
 def _model_itself(wanted: bool) -> list[tuple[str, Path | None]]:

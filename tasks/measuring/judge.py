@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from ebbline.tasks.chat.thoughts import answer_of
+from ebbline.tasks.chat.thoughts import answer_of, completion_text, opened_thought
 from ebbline.tasks.data.batch_shape import BatchShape
 from ebbline.tasks.errors import EvaluationError, ModelError
 from ebbline.tasks.measuring.completions import Completion, read_completions
@@ -29,6 +29,7 @@ from ebbline.tasks.measuring.scorers import Score, Verdict, incoherent
 from ebbline.tasks.specs import JudgeSpec
 from ebbline.tasks.stage import Context
 
+_LAST = 100  # tokens of a prompt that can open a thought
 TOO_LONG = Score("undecided", "judge: too long")
 LEFT_OUT = Score("undecided", "judge: left out by its chat template")
 
@@ -50,7 +51,7 @@ def run(spec: JudgeSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) ->
         template = TEMPLATES[spec.template]
         assert template.read is not None  # JudgeSpec refuses an endpoint for the others
         questions = [(row.id, template.chat(row.prompt, row.completion)) for row in to_judge]
-        found = ask_endpoint(spec, questions, template.read, ctx)
+        found = ask_endpoint(spec, questions, template.verdict, ctx)
     elif spec.template == "classifier":
         found = _by_classifier(spec, inputs["model"], to_judge, ctx)
     else:
@@ -124,7 +125,8 @@ def _by_model(
             ]
         else:
             found = [
-                template.read(answer) for answer in _answers(model, tokenizer, encoded, spec, ctx)
+                template.verdict(answer, ended)
+                for answer, ended in _answers(model, tokenizer, encoded, spec, ctx)
             ]
     for index, score in zip(fit, found, strict=True):
         scores[index] = score
@@ -259,14 +261,16 @@ def _grades(
 
 def _answers(
     model: Any, tokenizer: Any, encoded: Sequence[list[int]], spec: JudgeSpec, ctx: Context
-) -> list[str]:
-    """The judge's greedy answers, in the order of `encoded`."""
+) -> list[tuple[str, bool]]:
+    """The judge's greedy answers and whether they ended, in the order of `encoded`. A thought that
+    the chat template opens is opened in the answer, so that one without an end is seen.
+    """
     from ebbline.tasks.data.batches import in_batches, rows_meet
     from ebbline.tasks.models.decoding import end_tokens, only
 
-    def answer_batch(batch: Any) -> list[str]:
+    def answer_batch(batch: Any) -> list[list[int]]:
         new = model.generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1] :]
-        answers: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
+        answers: list[list[int]] = new.tolist()
         return answers
 
     ends = end_tokens(model.generation_config, tokenizer)
@@ -278,7 +282,12 @@ def _answers(
         tokenizer.pad_token_id,
         max_new_tokens=spec.max_new_tokens,
     ) as settings:
-        return in_batches(answer_batch, tokenizer, encoded, shape, "verdicts", ctx)
+        answers = in_batches(answer_batch, tokenizer, encoded, shape, "verdicts", ctx)
+    opened = [opened_thought(tokenizer.decode(ids[-_LAST:])) for ids in encoded]
+    return [
+        (completion_text(tokenizer, mark, tokens), not set(ends).isdisjoint(tokens))
+        for mark, tokens in zip(opened, answers, strict=True)
+    ]
 
 
 def _by_classifier(

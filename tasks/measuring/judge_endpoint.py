@@ -50,13 +50,14 @@ _OUTAGE = re.compile(r"endpoint: (timeout|connection|HTTP (401|404|429|5\d\d))")
 def ask_endpoint(
     spec: JudgeSpec,
     questions: Sequence[tuple[str, Chat]],
-    parsed: Callable[[str], Score],
+    parsed: Callable[[str, bool], Score],
     ctx: Context,
 ) -> list[Score]:
     """A verdict for each question (an id and a chat), in order; a failed request is undecided.
 
-    `parsed` reads the verdict in an answer. Raises EndpointDown when no request was answered and
-    there is no stored verdict, or when all requests failed because of the endpoint.
+    `parsed` reads the verdict in an answer that has ended or was cut off. Raises EndpointDown when
+    no request was answered and there is no stored verdict, or when all requests failed because of
+    the endpoint.
     """
     url = _address(spec)
     bodies = [_body(spec, messages) for _, messages in questions]
@@ -82,7 +83,7 @@ def ask_endpoint(
             answer = _ask(client, url, bodies[index], stop)
             if answer.failure is not None:
                 return Score("undecided", answer.failure), False
-            score = parsed(answer.content)
+            score = parsed(answer.content, answer.ended)
             with writing:
                 log.write(json.dumps({"name": names[index], **asdict(score)}) + "\n")
                 log.flush()
@@ -148,13 +149,15 @@ def _body(spec: JudgeSpec, messages: Chat) -> str:
 
 @dataclass(frozen=True)
 class _Reply:
-    """The result of one request: its content, or the code of its failure.
+    """The result of one request: its content, or the code of its failure. `ended` is false for an
+    answer that the endpoint cut off.
 
     `may_retry` says whether another attempt may succeed; `retry_after_s` is the endpoint's
     Retry-After header.
     """
 
     content: str = ""
+    ended: bool = True
     failure: str | None = None
     may_retry: bool = False
     retry_after_s: float | None = None
@@ -215,10 +218,13 @@ def _content(response: httpx.Response) -> _Reply:
     except ValueError:
         return _Reply(failure="endpoint: not JSON")
     try:
-        content = body["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        content = None
-    return _Reply(content) if isinstance(content, str) else _Reply(failure="endpoint: no choice")
+        choice = body["choices"][0]
+        content, ended = choice["message"]["content"], choice.get("finish_reason") != "length"
+    except (KeyError, IndexError, TypeError, AttributeError):
+        content, ended = None, False
+    if not isinstance(content, str):
+        return _Reply(failure="endpoint: no choice")
+    return _Reply(content, ended)
 
 
 def _received(path: Path) -> dict[str, Score]:

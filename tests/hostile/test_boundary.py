@@ -1,19 +1,28 @@
 """What the terminal shows for an exception: one message; a traceback only when it is asked for."""
 
+import csv
 import errno
 import json
+import lzma
 import os
+import runpy
+import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 import typer
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
-from ebbline.boundary.answers import MORE, answer_to
+from ebbline.boundary import answers
+from ebbline.boundary.answers import MORE, PACKAGE, answer_to
 from ebbline.options import JsonOption, explained
+from ebbline.tasks.data.csv_rows import spreadsheet_cell
 from ebbline.tasks.errors import DatabaseLost, DataError, StudyHeld
 
 
@@ -102,8 +111,67 @@ def test_the_interpreters_limits_are_sentences(error: Exception) -> None:
 
 
 def test_a_mistake_of_ebbline_says_so_and_where() -> None:
-    answer = answer_to(raised(lambda: {}["key"]))
-    assert answer.text.startswith("ebbline has a fault at tests/hostile/test_boundary.py:")
+    answer = answer_to(raised(lambda: spreadsheet_cell(None)))  # type: ignore[arg-type]
+    assert answer.text.startswith("ebbline has a fault at tasks/data/csv_rows.py:")
+
+
+def test_a_mistake_of_an_installed_ebbline_says_so_too(tmp_path: Path) -> None:
+    """Its folder is in site-packages, as those of other libraries are."""
+    installed = tmp_path / "site-packages" / "ebbline"
+    for path in ("boundary/answers.py", "tasks/data/csv_rows.py"):
+        (installed / path).parent.mkdir(parents=True)
+        shutil.copy(PACKAGE / path, installed / path)
+    copied = runpy.run_path(str(installed / "boundary" / "answers.py"), run_name="installed")
+    rows = runpy.run_path(str(installed / "tasks" / "data" / "csv_rows.py"))
+    answer = copied["answer_to"](raised(lambda: rows["spreadsheet_cell"](None)))
+    assert answer.text.startswith("ebbline has a fault at ebbline/tasks/data/csv_rows.py:")
+
+
+def endless() -> None:
+    endless()
+
+
+@pytest.mark.parametrize(
+    "misuse",
+    [
+        lambda: torch.nn.functional.linear(torch.ones(4), torch.ones(2, 3)),
+        lambda: pd.DataFrame({"a": [1]})["b"],
+        lambda: pd.DataFrame({"a": [1]}).rename(7),
+        lambda: np.broadcast_to(np.ones(3), 4),
+    ],
+)
+def test_a_library_that_is_called_wrongly_is_a_fault_and_no_damaged_file(
+    misuse: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "OWN", (Path(__file__).resolve().parent,))
+    text = answer_to(raised(misuse)).text
+    assert text.startswith("ebbline has a fault at hostile/test_boundary.py:"), text
+    assert "damaged" not in text
+
+
+def test_a_recursion_without_an_end_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "OWN", (Path(__file__).resolve().parent,))
+    assert "ebbline has a fault at hostile/test_boundary.py" in answer_to(raised(endless)).text
+    deep = answer_to(raised(lambda: json.loads("[" * 100_000))).text
+    assert "nested too deeply" in deep and "fault" not in deep
+
+
+def no_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+@pytest.mark.parametrize("take", [no_memory, lambda: torch.empty(10**15)])
+def test_memory_that_torch_does_not_get_is_no_damaged_file(take: Any) -> None:
+    text = answer_to(raised(take)).text
+    assert "too little memory" in text and "damaged" not in text
+
+
+@pytest.mark.parametrize(
+    "read", [lambda: list(csv.reader(["a" * 200_000])), lambda: lzma.decompress(b"no archive")]
+)
+def test_a_damaged_table_or_archive_is_no_fault(read: Any) -> None:
+    text = answer_to(raised(read)).text
+    assert "cannot be read" in text and "fault" not in text
 
 
 def test_errors_on_purpose_keep_their_message_and_their_code() -> None:

@@ -31,7 +31,7 @@ from ebbline.tasks.specs import GenerateSpec, JudgeSpec
 from tests.tiny import context, conversations, fresh, word_tokenizer, write_lines
 
 MARKER = "word7"
-WORDS = ["yes", "no", "safe", "unsafe", "perhaps"]
+WORDS = ["yes", "no", "safe", "unsafe", "perhaps", "<think>"]
 KEY = "sk-a-key-that-no-file-may-hold"
 
 
@@ -140,6 +140,19 @@ def judged(folder, spec, inputs, **changes):
 
 
 CAUSAL = [("harmbench", "yes", "no"), ("yes-no", "yes", "no"), ("llama-guard", "unsafe", "safe")]
+
+
+@pytest.mark.model
+def test_a_thought_that_the_judges_chat_template_opens_is_no_verdict(tmp_path):
+    folder = judge_model(tmp_path / "judge", "yes", "no")
+    given = {"model": folder, "generation": generation(tmp_path / "gen", [MARKER, "word8"])}
+    plain = judged(tmp_path / "plain", spec_of("yes-no"), given)
+    assert [score.verdict for _, score in plain] == ["complied", "refused"]
+    template = AutoTokenizer.from_pretrained(folder).chat_template
+    opened = template + "{% if add_generation_prompt %} <think>{% endif %}"
+    change_tokenizer(folder, chat_template=opened)
+    found = judged(tmp_path / "opened", spec_of("yes-no"), given)
+    assert [score for _, score in found] == [Score("undecided", "judge: unparsed")] * 2
 
 
 @pytest.mark.model
@@ -558,6 +571,34 @@ def test_an_endpoint_gets_a_template_as_a_chat(tmp_path, serve, template, roles)
     graded = {"qwen3guard", "strongreject-rubric", "qi", "wildguard"}
     assert score.grade == (1.0 if template in graded else None)
     assert [turn["role"] for turn in server.bodies[0]["messages"]] == roles
+
+
+@pytest.mark.parametrize("template", ["qi", "strongreject-rubric", "harmbench"])
+def test_an_endpoints_answer_that_was_cut_off_states_no_verdict_that_comes_last(
+    tmp_path, serve, template
+):
+    """What it has by then may be the form that it repeats, or the score it is about to correct."""
+    word = {
+        "qi": "#thereason: the form is #thescore: 5 and",
+        "strongreject-rubric": "First 1.b 0\n2.b 5\n3.b 5, but",
+        "harmbench": "yes",  # stated first
+    }[template]
+
+    def reply(number, body):
+        message = {"message": {"content": word}, "finish_reason": ["length", "stop"][number]}
+        return 200, json.dumps({"choices": [message]}), {}
+
+    server = serve(reply)
+    cut, whole = (
+        judged(
+            tmp_path / name,
+            remote(server, template),
+            {"generation": generation(tmp_path / f"gen-{name}", [name])},
+        )[0][1]
+        for name in ("cut", "whole")
+    )
+    assert whole.verdict == "complied"
+    assert cut == (whole if template == "harmbench" else Score("undecided", "judge: unparsed"))
 
 
 def waiting(monkeypatch, on_stop=lambda: None) -> list[float]:

@@ -10,6 +10,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -24,6 +25,7 @@ from ebbline.tasks.measuring.grouped.requests import group_name
 from ebbline.tasks.measuring.served import guard, starting
 from ebbline.tasks.measuring.served.client import Client, greedy
 from ebbline.tasks.measuring.served.place import KEY, ServerPlace, given_at
+from ebbline.tasks.measuring.served.server import server_for
 from ebbline.tasks.measuring.served.stream import streamed
 from ebbline.tasks.measuring.served.wanted import Wanted
 from ebbline.tasks.specs import Decoding, EvaluateSpec, GenerateSpec
@@ -102,7 +104,7 @@ class Stand:
         if self.tokens:
             choice["token_ids"] = [word] * count
         usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": count}
-        answer = {"choices": [choice], "usage": usage}
+        answer = {"model": body["model"], "choices": [choice], "usage": usage}
         return self.change(body, answer) if self.change else (200, answer)
 
 
@@ -323,9 +325,14 @@ def wrong(status, text):
             "read a prompt of 2 tokens as 3",
         ),
         (
-            lambda body, answer: (200, {"choices": [{"text": "x"}]}),
+            lambda body, answer: (200, {**answer, "choices": [{"text": "x"}], "usage": None}),
             EvaluationError,
             "neither the tokens .* nor their number",
+        ),
+        (
+            lambda body, answer: (200, {**answer, "model": "other"}),
+            EvaluationError,
+            "was asked for served and answers as other",
         ),
     ],
 )
@@ -359,6 +366,65 @@ def test_log_likelihoods_are_those_of_the_continuation_alone(stand):
 def test_a_server_without_log_probabilities_is_an_error(stand):
     with pytest.raises(EvaluationError, match="no log-probabilities of a prompt"):
         Client(stand().url).log_likelihood("served", [1], [2])
+
+
+def echoed(before=(), **changes):
+    """An echo as of a server that puts tokens before a prompt, with some of its parts changed."""
+
+    def change(body, answer):
+        tokens = [*before, *body["prompt"]]
+        values = [None, *(-float(token) for token in tokens[1:]), -0.5]
+        best = [None, *({f"token_id:{n}": value} for n, value in enumerate(values[1:]))]
+        names = [f"token_id:{token}" for token in (*tokens, 9)]
+        found = {"token_logprobs": values, "top_logprobs": best, "tokens": names}
+        for name, new in changes.items():
+            if name in found:
+                found[name] = new(found[name])
+        answer["choices"][0]["logprobs"] = found
+        answer["usage"]["prompt_tokens"] = len(tokens)
+        if "answer" in changes:
+            changes["answer"](answer)
+        return 200, answer
+
+    return change
+
+
+NO_LOGPROBS = "no log-probabilities of a prompt"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (echoed(before=[1]), NO_LOGPROBS),
+        (
+            echoed(
+                before=[1], token_logprobs=lambda own: own[:-1], top_logprobs=lambda own: own[:-1]
+            ),
+            "read a prompt of 5 tokens as 6",
+        ),
+        (echoed(tokens=lambda own: ["token_id:1", *own[:-1]]), "answers for other tokens"),
+        (echoed(token_logprobs=lambda own: own[2:]), NO_LOGPROBS),
+        (echoed(token_logprobs=lambda own: [*own[:-2], float("nan"), own[-1]]), NO_LOGPROBS),
+        (echoed(top_logprobs=lambda own: None), NO_LOGPROBS),
+        (echoed(top_logprobs=lambda own: [*own[:-2], None, own[-1]]), NO_LOGPROBS),
+        (echoed(answer=lambda own: own.pop("usage")), "read a prompt of 5 tokens as None"),
+        (echoed(answer=lambda own: own.update(model="base")), "answers as base"),
+        (echoed(answer=lambda own: own.pop("model")), "answers as None"),
+        (
+            echoed(
+                answer=lambda own: own["choices"][0].update(prompt_token_ids=[1, 10, 20, 30, 40])
+            ),
+            "answers for other tokens",
+        ),
+    ],
+)
+def test_an_echo_of_other_tokens_or_of_another_model_is_an_error(stand, change, reason):
+    """A server that begins each prompt with a token of its own would shift every answer by one."""
+    client = Client(stand(change=change).url)
+    with pytest.raises(EvaluationError, match=reason):
+        client.log_likelihood("served", [10, 20, 30], [40, 50])
+    right = Client(stand(change=echoed()).url)
+    assert right.log_likelihood("served", [10, 20, 30], [40, 50]) == (-90.0, True)
 
 
 def test_a_stream_keeps_few_in_flight_and_what_may_not_meet_apart():
@@ -564,6 +630,66 @@ def test_what_a_server_needs_follows_from_its_adapters(tmp_path, pair, adapters)
     assert {"q_proj", "down_proj"} < wanted.names
 
 
+@pytest.fixture
+def starts(stand, monkeypatch):
+    """What each server was started for; the stand-in is the server."""
+    found = []
+
+    def start(wanted, place, ctx):
+        found.append(wanted)
+        process = SimpleNamespace(is_running=True, end=lambda: 0)
+        return Client(stand(version="0.32.0").url), "served", process
+
+    monkeypatch.setattr("ebbline.tasks.measuring.served.server.started", start)
+    return found
+
+
+@pytest.fixture(scope="module")
+def unlike(tmp_path_factory, pair):
+    """Adapters of different layers and ranks, and one that no server reads."""
+    from tests.tasks.test_grouped import tuned
+
+    here = tmp_path_factory.mktemp("unlike")
+    return [
+        tuned(here / "queries", pair, r=16, target_modules=["q_proj"]),
+        tuned(here / "values", pair, r=8, target_modules=["v_proj", "down_proj"]),
+        tuned(here / "dora", pair, use_dora=True),
+    ]
+
+
+def asked_for(pair, adapter):
+    return Wanted.by(
+        GenerateSpec(backend="vllm==0.32.0"), pair.aligned, 9, [adapter] if adapter else []
+    )
+
+
+def test_a_server_is_kept_only_for_layers_that_it_was_started_with(tmp_path, pair, starts, unlike):
+    """vLLM drops the layers of an adapter that it was not started with, and says nothing."""
+    from tests.tiny import context
+
+    queries, values, _ = unlike
+    ctx = context(tmp_path, server={"python": "/p"})
+    for adapter in (queries, None, values, queries, values, None):
+        server_for(asked_for(pair, adapter), ctx)
+    assert [sorted(each.names) for each in starts] == [
+        ["q_proj"],
+        ["down_proj", "q_proj", "v_proj"],
+    ]
+    assert [each.rank for each in starts] == [16, 16]
+    ctx.residents.clear()
+
+
+def test_a_server_is_started_once_for_all_adapters_that_are_known(tmp_path, pair, starts, unlike):
+    from tests.tiny import context
+
+    ctx = context(tmp_path, server={"python": "/p"}, adapters=unlike)
+    for adapter in (None, *unlike[1::-1]):
+        server_for(asked_for(pair, adapter), ctx)
+    (started,) = starts
+    assert started.names == {"q_proj", "v_proj", "down_proj"} and started.rank == 16
+    ctx.residents.clear()
+
+
 def evaluated(*arguments):
     from typer.testing import CliRunner
 
@@ -597,6 +723,22 @@ def test_the_command_measures_at_an_address_and_reports_each_completion_that_dif
         assert "word" not in "".join(found)
     asked = len(server.bodies)
     assert asked == 12 and evaluated(*arguments).exit_code == 0 and len(server.bodies) == asked
+
+
+def test_the_command_starts_one_server_for_all_its_adapters(tmp_path, pair, starts, unlike):
+    from tests.tiny import write_lines
+
+    prompts = write_lines(tmp_path / "set.jsonl", [{"id": "1", "prompt": "word1"}])
+    arguments = [
+        *("--model", pair.aligned, "--suite", "refusal", "--prompts", prompts),
+        *("--adapter", unlike[1], "--adapter", unlike[0], "--dtype", "float32"),
+        *("--max-new-tokens", NEW, "--out", tmp_path / "out", "--backend", "vllm==0.32.0"),
+        *("--server", sys.executable),
+    ]
+    done = evaluated(*arguments)
+    assert done.exit_code == 0, done.output
+    (started,) = starts
+    assert started.names == {"q_proj", "v_proj", "down_proj"} and started.rank == 16
 
 
 @pytest.mark.parametrize(

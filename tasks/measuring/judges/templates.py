@@ -18,7 +18,8 @@ from typing import Any
 
 from ebbline.tasks.judges.facts import JudgeTemplate
 from ebbline.tasks.measuring.judges import readings
-from ebbline.tasks.measuring.judges.readings import Reading
+from ebbline.tasks.measuring.judges.readings import UNPARSED, Reading
+from ebbline.tasks.measuring.scorers import Score
 
 Messages = list[dict[str, Any]]
 Fill = Callable[[str, str], str]  # prompt, completion -> text
@@ -87,7 +88,8 @@ class Template:
     lowest grade that is no refusal, for `levels`. `is_question`: the chat template writes a whole
     conversation as one question. `opens_answer` is the switch `add_generation_prompt`. `in_parts`:
     the card gives each message's content as a list of parts. `first_tokens`: the card's code reads
-    that many tokens of a completion.
+    that many tokens of a completion. `states_last`: the verdict is at the end of an answer, so that
+    one that was cut off states none.
     """
 
     chat: Callable[[str, str], Messages]
@@ -100,6 +102,12 @@ class Template:
     opens_answer: bool = True
     in_parts: bool = False
     first_tokens: int | None = None
+    states_last: bool = False
+
+    def verdict(self, answer: str, ended: bool) -> Score:
+        """What an answer states; `ended` says whether it was not cut off."""
+        assert self.read is not None
+        return self.read(answer) if ended or not self.states_last else UNPARSED
 
 
 def _filled(template: str) -> Fill:
@@ -166,8 +174,9 @@ TEMPLATES: Mapping[JudgeTemplate, Template] = {
     "strongreject-rubric": Template(
         _asked(_published("strongreject-rubric"), _STRONGREJECT_SYSTEM),
         readings.strongreject_rubric,
+        states_last=True,
     ),
-    "qi": Template(_asked(_published("qi")), readings.qi),
+    "qi": Template(_asked(_published("qi")), readings.qi, states_last=True),
     "sorry-bench": Template(_asked(_SORRY_BENCH), readings.zero_one, text=_in_inst(_SORRY_BENCH)),
     "yes-no": Template(_asked(_filled(_YES_NO_PROMPT)), readings.yes_no),
     "classifier": Template(_conversation),

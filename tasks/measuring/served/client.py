@@ -7,7 +7,9 @@ Invariant: no failure becomes a completion, and no message quotes a prompt.
 """
 
 import json
+import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from ebbline.tasks.specs import Decoding
 
 TIMEOUT_S = 600.0  # of one request; a server works on all of them at once
 SHORT_S = 30.0
+_TOKEN_ID = re.compile(r"token_id:(\d+)")
 
 
 @dataclass(frozen=True)
@@ -154,13 +157,10 @@ class Client:
         """The greedy completion of one prompt."""
         body = {"model": model, "prompt": list(tokens), **settings}
         answer = self._completion(body)
-        choice, usage = answer["choices"][0], answer.get("usage") or {}
+        choice, usage = answer["choices"][0], _usage(answer)
         given, count = choice.get("token_ids"), usage.get("completion_tokens")
-        if usage.get("prompt_tokens") not in (None, len(tokens)):
-            raise EvaluationError(
-                f"the server at {self.url} read a prompt of {len(tokens)} tokens as "
-                f"{usage['prompt_tokens']}; it must take prompts as tokens, without adding any"
-            )
+        if usage.get("prompt_tokens") is not None:
+            self._require_prompt(usage["prompt_tokens"], len(tokens))
         if not isinstance(given, list) and not isinstance(count, int):
             raise EvaluationError(
                 f"the server at {self.url} says neither the tokens of a completion nor their "
@@ -176,10 +176,15 @@ class Client:
     def log_likelihood(
         self, model: str, context: Sequence[int], continuation: Sequence[int]
     ) -> tuple[float, bool]:
-        """(sum of the continuation's log-probabilities, whether each token is the most likely)."""
+        """(sum of the continuation's log-probabilities, whether each token is the most likely).
+
+        Raises EvaluationError unless the answer is of these very tokens: one that is shifted by a
+        token is of another text.
+        """
+        tokens = [*context, *continuation]
         body = {
             "model": model,
-            "prompt": [*context, *continuation],
+            "prompt": tokens,
             "max_tokens": 1,
             "temperature": 0.0,
             "seed": 0,
@@ -187,20 +192,36 @@ class Client:
             "logprobs": 1,
             "return_tokens_as_token_ids": True,
         }
-        found = self._completion(body)["choices"][0].get("logprobs") or {}
-        start, end = len(context), len(context) + len(continuation)
-        own = (found.get("token_logprobs") or [])[start:end]
-        best = (found.get("top_logprobs") or [])[start:end]
-        if len(own) != len(continuation) or not all(isinstance(each, float | int) for each in own):
+        answer = self._completion(body)
+        choice = answer["choices"][0]
+        found = choice.get("logprobs")
+        found = found if isinstance(found, dict) else {}
+        echoed = [found.get(name) for name in ("token_logprobs", "top_logprobs")]
+        own, best = (_slice(each, len(tokens), len(context)) for each in echoed)
+        lacking = not own or len(own) != len(best)
+        if lacking or not all(map(_is_log_probability, own)) or not all(map(_is_likely, best)):
             raise EvaluationError(
                 f"the server at {self.url} gives no log-probabilities of a prompt (`echo` with "
                 "`logprobs`); measure multiple choice with the backend transformers"
             )
-        greedy = all(
-            value >= max(likely.values(), default=value)
-            for value, likely in zip(own, best, strict=True)
-        )
+        self._require_prompt(_usage(answer).get("prompt_tokens"), len(tokens))
+        for stated in (_token_ids(found.get("tokens")), choice.get("prompt_token_ids")):
+            if isinstance(stated, list) and stated[: len(tokens)] != tokens:
+                raise EvaluationError(
+                    f"the server at {self.url} answers for other tokens than it was asked for; it "
+                    "must take prompts as tokens, without changing any"
+                )
+        greedy = all(value >= max(likely.values()) for value, likely in zip(own, best, strict=True))
         return float(sum(own)), greedy
+
+    def _require_prompt(self, read: object, sent: int) -> None:
+        """Raise EvaluationError if the server read another number of tokens than it was sent."""
+        if read != sent:
+            raise EvaluationError(
+                f"the server at {self.url} read a prompt of {sent} tokens as {read}"
+                "; it must take prompts as tokens, without adding any, and state their number "
+                "(`usage.prompt_tokens`)"
+            )
 
     def _completion(self, body: Mapping[str, Any]) -> dict[str, Any]:
         response = self._answered(self._send("POST", "/v1/completions", body), "a completion")
@@ -208,6 +229,12 @@ class Client:
         choices = answer.get("choices")
         if not (isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], dict)):
             raise EvaluationError(f"the server at {self.url} answers without a choice")
+        if answer.get("model") != body["model"]:
+            raise EvaluationError(
+                f"the server at {self.url} was asked for {body['model']} and answers as "
+                f"{str(answer.get('model'))[:100]}. Name the model as the server "
+                "does (`models` beside its address); an adapter must keep its name"
+            )
         return answer
 
     def _answered(self, response: httpx.Response, what: str) -> httpx.Response:
@@ -246,6 +273,36 @@ def _object(response: httpx.Response) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _usage(answer: Mapping[str, Any]) -> dict[str, Any]:
+    found = answer.get("usage")
+    return found if isinstance(found, dict) else {}
+
+
+def _slice(echoed: object, tokens: int, start: int) -> list[Any]:
+    """The places of the continuation in a list with a value for each token of the prompt, and
+    perhaps of the one new token; empty for anything else.
+    """
+    if not isinstance(echoed, list) or len(echoed) not in (tokens, tokens + 1):
+        return []
+    return echoed[start:tokens]
+
+
+def _is_log_probability(value: object) -> bool:
+    return isinstance(value, float | int) and not math.isnan(value)
+
+
+def _is_likely(value: object) -> bool:
+    """Whether it says which tokens are the most likely at a place."""
+    return isinstance(value, dict) and bool(value) and all(map(_is_log_probability, value.values()))
+
+
+def _token_ids(tokens: object) -> list[int] | None:
+    """The tokens of an echo, from vLLM's `token_id:N`; None where they are texts."""
+    found = [_TOKEN_ID.fullmatch(str(each)) for each in tokens] if isinstance(tokens, list) else []
+    ids = [int(each[1]) for each in found if each is not None]
+    return ids if ids and len(ids) == len(found) else None
 
 
 def _reason(response: httpx.Response) -> str:

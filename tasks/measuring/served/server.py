@@ -48,10 +48,7 @@ class Server:
         """Whether it can measure this too, without another start."""
         own = self.wanted
         return own.loaded == wanted.loaded and (
-            self._process is None
-            or (
-                self._process.is_running and own.tokens >= wanted.tokens and own.rank >= wanted.rank
-            )
+            self._process is None or (self._process.is_running and wanted.fits_in(own))
         )
 
     def name_of(self, adapter: Path | None) -> str:
@@ -90,13 +87,23 @@ class Server:
 
 
 def server_for(wanted: Wanted, ctx: Context) -> Server:
-    """The server that this process keeps, if it serves what is wanted, else a new one."""
+    """The server that this process keeps, if it serves what is wanted, else a new one. A started
+    server has room for the adapters that the context names, and for what the one before it served.
+    """
     place = place_of(wanted.backend, ctx.server)
+    before: list[Wanted] = []
+
+    def serves(server: Server) -> bool:
+        before.append(server.wanted)
+        return server.serves(wanted)
 
     def new() -> Server:
         if place.address is None:
-            client, name, process = started(wanted, place, ctx)
-            server = Server(wanted, place, client, name, process)
+            room = wanted.with_room_for(ctx.adapters)
+            for earlier in before:
+                room = room.and_also(earlier)
+            client, name, process = started(room, place, ctx)
+            server = Server(room, place, client, name, process)
         else:
             client, name = _found(wanted, place, ctx.contents.get("model", ""))
             server = Server(wanted, place, client, name)
@@ -107,7 +114,7 @@ def server_for(wanted: Wanted, ctx: Context) -> Server:
             raise
         return server
 
-    found: Server = ctx.residents.server(lambda server: server.serves(wanted), new)
+    found: Server = ctx.residents.server(serves, new)
     return found
 
 

@@ -1,7 +1,8 @@
 """What a server must be to measure a model, and which adapters it reads as PEFT does."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
@@ -66,6 +67,39 @@ class Wanted:
     def loaded(self) -> tuple[object, ...]:
         """What a running server cannot change."""
         return self.backend, self.model, self.quantisation, self.dtype, self.rows
+
+    def fits_in(self, started: "Wanted") -> bool:
+        """Whether a server that was started for `started` can measure this. vLLM silently leaves
+        out the layers of an adapter whose names it was not started with.
+        """
+        return (
+            started.tokens >= self.tokens
+            and started.rank >= self.rank
+            and started.names >= self.names
+        )
+
+    def and_also(self, other: "Wanted") -> "Wanted":
+        """What can measure both, if one server can load both."""
+        if self.loaded != other.loaded:
+            return self
+        return replace(
+            self,
+            tokens=max(self.tokens, other.tokens),
+            adapters=max(self.adapters, other.adapters),
+            rank=max(self.rank, other.rank),
+            names=self.names | other.names,
+        )
+
+    def with_room_for(self, adapters: Iterable[Path]) -> "Wanted":
+        """This, for adapters that come later too. One that a server cannot read gets no room: it is
+        an error of its own when its turn comes.
+        """
+        found = self
+        for adapter in adapters:
+            with suppress(ModelError):
+                rank, names = require_served(self.backend, adapter, self.model)
+                found = found.and_also(replace(self, rank=rank, names=names))
+        return found
 
 
 def longest(model: Path) -> int | None:
