@@ -440,13 +440,26 @@ class Block(Frozen):
     size: Count
 
 
+HeldOutShare = Annotated[Number, Field(gt=0.0, lt=1.0)]
+
+
+class Split(Frozen):
+    """One side of a prompt set that is split by its texts: `confirm` is the share `hold_out`, and
+    `search` is the rest (`ebbline.tasks.data.split`).
+    """
+
+    hold_out: HeldOutShare
+    side: Literal["search", "confirm"]
+
+
 class GenerateSpec(Spec):
     """Greedy completions, one for each prompt of a set. Inputs: model, prompts, and optionally
     adapter.
 
     `label` keeps only the rows with that label (XSTest has both); a set without labels is kept
-    whole. With `needs_answer`, a row without a reference answer is an error before the generation
-    starts. With `compared_by`, so is a reference answer that this task scorer cannot compare with.
+    whole. `split` keeps one side of the set, before `label` and `limit`; without one it is no part
+    of a key. With `needs_answer`, a row without a reference answer is an error before it starts.
+    With `compared_by`, so is a reference answer that this task scorer cannot compare with.
     The backend is part of the identity with its version, because its kernels round differently; so
     is `batch_size` (`ebbline.tasks.data.batch_shape`). `tokenizer: adapter` uses the tokenizer and
     chat template beside the adapter.
@@ -459,6 +472,7 @@ class GenerateSpec(Spec):
     DECODING: ClassVar[str] = "decoding.json"
     format: PromptFormat = "auto"
     label: Literal["harmful", "harmless"] | None = None
+    split: Split | None = Field(default=None, exclude_if=lambda split: split is None)
     needs_answer: bool = False
     compared_by: TaskScorerName | None = None
     limit: Count | None = None

@@ -158,7 +158,7 @@ def unlike_suites(before: SuiteSettings, after: SuiteSettings) -> Iterator[tuple
             yield suite, "only one of the studies has measured it"
             continue
         one, other = before[suite], after[suite]
-        if one.get("prompts") != other.get("prompts"):
+        if any(one.get(name) != other.get(name) for name in ("prompts", "split")):
             yield suite, "different prompts"
             continue
         changed = [

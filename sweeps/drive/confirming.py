@@ -15,7 +15,7 @@ from ebbline.sweeps.study.points import Point, brought
 from ebbline.sweeps.study.policies import Budget, Replicates, Search
 from ebbline.sweeps.study.study import Study, SuiteEntry
 from ebbline.sweeps.study.study_file import as_yaml, source_of, with_absolute_paths
-from ebbline.sweeps.study.suites import Suite
+from ebbline.sweeps.study.suites import whole
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.files import write_whole
@@ -69,11 +69,16 @@ def confirming_study(study: Study, points: Sequence[Point]) -> Study:
         raise StudyError(
             f"{study.study} has no section `confirm`: give it prompts that chose nothing, such as\n"
             "confirm:\n  suites:\n    refusal: {path: {path: other-prompts.csv}}\n"
-            "then `ebbline pin` it. The rest of the study stays as it is"
+            "then `ebbline pin` it. The rest of the study stays as it is. A new study may hold out "
+            "a part of its own prompts in place of a file: {hold_out: 0.3}"
         )
     suites = {
-        name: SuiteEntry(prompts=prompts, measure=_whole(study, name))
-        for name, prompts in confirm.suites.items()
+        name: SuiteEntry(
+            prompts=fresh.set_of(study.suites[name].prompts),
+            measure=whole(study.suites[name].measure),
+            split=fresh.split,
+        )
+        for name, fresh in confirm.suites.items()
     }
     measured = [name for name in study.objectives if name.rpartition(".")[0] in suites]
     refusal = study.refusal_metric
@@ -98,10 +103,3 @@ def confirming_study(study: Study, points: Sequence[Point]) -> Study:
             "budget": Budget(),
         }
     )
-
-
-def _whole(study: Study, suite: str) -> Suite:
-    """The suite's settings, over all its prompts: a confirmation is neither raced nor cut."""
-    measure = study.suites[suite].measure
-    cut = {"race", "limit"} & set(type(measure).model_fields)
-    return measure.model_copy(update=dict.fromkeys(cut))

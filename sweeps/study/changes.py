@@ -243,10 +243,10 @@ FIRST_FIELDS = (
 def lasting(dump: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a dumped study that may not change once it has run.
 
-    It leaves out the budget, the controls, `confirm` (its own study is frozen when it begins), the
-    placement, `search.order`, `search.stop`, and the paths of pinned content. Fields that earlier
-    versions lacked are left out at their defaults. A missing sampler counts as tpe, the only
-    default of earlier versions.
+    It leaves out the budget, the controls, the placement, `search.order`, `search.stop`, and the
+    paths of pinned content. Of `confirm`, whose own study is frozen when it begins, it keeps what
+    is held out of the search. Fields that earlier versions lacked are left out at their defaults. A
+    missing sampler counts as tpe, the only default of earlier versions.
     """
     plain = {
         "replicates": Replicates().model_dump(mode="json"),
@@ -258,6 +258,8 @@ def lasting(dump: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in dump.items()
         if key not in ("budget", "controls", "confirm") and value != plain.get(key)
     }
+    if held_out := _held_out(dump.get("confirm")):
+        kept["confirm"] = held_out
     models = {
         name: {key: value for key, value in model.items() if key not in PLACEMENT}
         for name, model in dump["models"].items()
@@ -275,6 +277,14 @@ def lasting(dump: Mapping[str, Any]) -> dict[str, Any]:
         {**kept, "models": models, "suites": suites, "search": search}
     )
     return without_paths
+
+
+def _held_out(confirm: _Dump | None) -> dict[str, Any]:
+    """The part of `confirm` that takes prompts from the search; empty if none does."""
+    suites = {} if confirm is None else confirm["suites"]
+    shares = {name: fresh.get("hold_out") for name, fresh in suites.items()}
+    found = {name: {"hold_out": share} for name, share in shares.items() if share is not None}
+    return {"suites": found} if found else {}
 
 
 def _without_new_fields(suite: _Dump) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from ebbline.sweeps.study.axes import AxisValue, distinct
-from ebbline.sweeps.study.references import DataRef
+from ebbline.sweeps.study.references import FreshPrompts
 from ebbline.tasks.specs import Count, Frozen, Number, Positive, Seed
 
 Order = Literal["as_they_land", "in_turn"]
@@ -156,12 +156,13 @@ FEWEST_FRESH = 3
 class Confirm(Frozen):
     """What `ebbline confirm` measures the nominated points with: nothing of it may choose a point.
 
-    `suites` maps a suite to other prompts for it, which no search and no training has. `seeds` are
+    `suites` maps a suite to other prompts for it, which no search and no training has, or to the
+    share of its own prompts that is held out of the search. `seeds` are
     training seeds that the search does not use; at least FEWEST_FRESH, because a claim about a
     setting rests on them.
     """
 
-    suites: Annotated[dict[Name, DataRef], Field(min_length=1)]
+    suites: Annotated[dict[Name, FreshPrompts], Field(min_length=1)]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=FEWEST_FRESH), AfterValidator(distinct)] = (
         FRESH_SEEDS
     )

@@ -2,14 +2,22 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, model_validator
 
 from ebbline.tasks.errors import PinError
 from ebbline.tasks.identity import content_digest, digest_files, file_digest, folder_files
 from ebbline.tasks.paths import is_inside
-from ebbline.tasks.specs import DEFAULT_CHAT, DataSpec, Frozen, OrganismSpec, TrainSpec
+from ebbline.tasks.specs import (
+    DEFAULT_CHAT,
+    DataSpec,
+    Frozen,
+    HeldOutShare,
+    OrganismSpec,
+    Split,
+    TrainSpec,
+)
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
@@ -134,6 +142,40 @@ class DataRef(OneOf):
     language: str | None = None
     path: Local | None = None
     hub: Hub | None = None
+
+
+def same_set(one: DataRef, other: DataRef) -> bool:
+    """Whether two references name one set: equal ones, or local content with one digest."""
+    digests = [ref.path.sha256 if ref.path is not None else None for ref in (one, other)]
+    return one == other or (digests[0] is not None and digests[0] == digests[1])
+
+
+class FreshPrompts(OneOf):
+    """The prompts of a confirmation: a set of their own, or the share `hold_out` of the suite's."""
+
+    language: str | None = None
+    path: Local | None = None
+    hub: Hub | None = None
+    hold_out: HeldOutShare | None = None
+
+    def set_of(self, searched: DataRef) -> DataRef:
+        """The set that these prompts are in; `searched` is that of the suite."""
+        if self.hold_out is not None:
+            return searched
+        return DataRef(language=self.language, path=self.path, hub=self.hub)
+
+    @property
+    def split(self) -> Split | None:
+        """The side of the set that is confirmed; None for a set of its own."""
+        return self._side("confirm")
+
+    @property
+    def search_split(self) -> Split | None:
+        """The side of the set that the search keeps; None for a set of its own."""
+        return self._side("search")
+
+    def _side(self, side: Literal["search", "confirm"]) -> Split | None:
+        return None if self.hold_out is None else Split(hold_out=self.hold_out, side=side)
 
 
 class Data(Frozen):

@@ -398,6 +398,7 @@ class StageGraph:
             loading,
             self._judges,
             block,
+            self.study.split_of(suite),
         )
 
     def _place(self, name: str, stages: Iterable[Stage]) -> None:

@@ -44,9 +44,10 @@ from ebbline.sweeps.study.references import (
     DataRef,
     JudgeAdapter,
     ModelRef,
+    same_set,
     template_text,
 )
-from ebbline.sweeps.study.suites import Suite, scorers_of
+from ebbline.sweeps.study.suites import MultipleChoiceSuite, Suite, scorers_of
 from ebbline.tasks.defences.defence import Defence
 from ebbline.tasks.defences.in_use import AXIS, DEFENCES, NONE, owns
 from ebbline.tasks.defences.safe_lora import SAFE_LORA
@@ -69,6 +70,7 @@ from ebbline.tasks.specs import (
     Quantisation,
     Seed,
     Spec,
+    Split,
     TrainSpec,
 )
 
@@ -201,8 +203,15 @@ class Judge(Frozen):
 
 
 class SuiteEntry(Frozen):
+    """A suite: its prompts, and what is measured on them.
+
+    `split` keeps one side of the prompts. `ebbline confirm` writes it into the study that it
+    begins; in a study with `confirm` it follows from `hold_out` (`Study.split_of`).
+    """
+
     prompts: DataRef
     measure: Suite
+    split: Split | None = Field(default=None, exclude_if=lambda split: split is None)
 
 
 class Study(Frozen):
@@ -584,16 +593,18 @@ class Study(Frozen):
         for suite in self.confirm.suites:
             if suite not in self.suites:
                 raise ValueError(f"confirm.suites.{suite}: {unknown(suite, set(self.suites))}")
-            if self.suites[suite].measure.kind == "multiple_choice":
+            if isinstance(self.suites[suite].measure, MultipleChoiceSuite):
                 raise ValueError(
-                    f"confirm.suites.{suite}: a multiple-choice suite has the items of its task; "
+                    f"confirm.suites.{suite}: a suite of lm-eval has the items of its task; "
                     "give suites of prompts"
                 )
-            if self.confirm.suites[suite] == self.suites[suite].prompts:
+            fresh, searched = self.confirm.suites[suite], self.suites[suite].prompts
+            if fresh.hold_out is None and fresh.set_of(searched) == searched:
                 raise ValueError(
                     f"confirm.suites.{suite}: these are the prompts of the search; give others, "
-                    "which choose nothing"
+                    "which choose nothing, or hold out a share of them: {hold_out: 0.3}"
                 )
+            self._hold_out_of_all_suites(suite, fresh.hold_out)
         refusal = (self.refusal_metric or "").rpartition(".")[0]
         if refusal and refusal not in self.confirm.suites:
             raise ValueError(
@@ -606,6 +617,35 @@ class Study(Frozen):
                 "that no point of the search has"
             )
         return self
+
+    def _hold_out_of_all_suites(self, suite: str, share: float | None) -> None:
+        """Raise ValueError where a held-out prompt would be searched with, by this suite's own
+        split or by another suite of the same set.
+        """
+        if share is None or self.confirm is None:
+            return
+        own = self.suites[suite]
+        if own.split is not None:
+            raise ValueError(
+                f"suites.{suite}.split: remove it; confirm.suites.{suite} splits the set"
+            )
+        for name, other in self.suites.items():
+            fresh = self.confirm.suites.get(name)
+            if (
+                same_set(own.prompts, other.prompts)
+                and (fresh is None or fresh.hold_out != share)
+                and not isinstance(other.measure, MultipleChoiceSuite)
+            ):
+                raise ValueError(
+                    f"confirm.suites.{suite}.hold_out: suites.{name} has the same prompts, so the "
+                    f"search would read those that are held out. Add confirm.suites.{name}: "
+                    f"{{hold_out: {share:g}}}"
+                )
+
+    def split_of(self, suite: str) -> Split | None:
+        """The side of its prompts that a suite asks; None for all of them."""
+        fresh = None if self.confirm is None else self.confirm.suites.get(suite)
+        return self.suites[suite].split if fresh is None else fresh.search_split
 
     @model_validator(mode="after")
     def _search_has_an_end(self) -> Self:

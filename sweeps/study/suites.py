@@ -27,6 +27,7 @@ from ebbline.tasks.specs import (
     Number,
     PromptFormat,
     ScoreSpec,
+    Split,
     TaskScorerName,
 )
 from ebbline.tasks.stage import Input, Stage
@@ -187,13 +188,15 @@ _LABELS: Mapping[str, Literal["harmful", "harmless"] | None] = {
 
 
 def prompts_of(
-    suite: RefusalSuite | OverRefusalSuite | HarmSuite | TaskSuite, path: Path
+    suite: RefusalSuite | OverRefusalSuite | HarmSuite | TaskSuite,
+    path: Path,
+    split: Split | None = None,
 ) -> PromptSet:
     """The prompts that a suite asks. Raises DataError or EvaluationError for a fault that a
     generation would find in them.
     """
     is_task = isinstance(suite, TaskSuite)
-    found = read_prompts(path, suite.format, _LABELS[suite.kind], suite.limit, is_task)
+    found = read_prompts(path, suite.format, _LABELS[suite.kind], suite.limit, is_task, split)
     if isinstance(suite, TaskSuite):
         # Its patterns take a tenth of a second, which every command would need.
         from ebbline.tasks.scoring.answers import TASK_SCORERS
@@ -201,6 +204,12 @@ def prompts_of(
         for prompt in found.prompts:
             TASK_SCORERS[suite.scorer].require(prompt.answer, prompt.text, prompt.where)
     return found
+
+
+def whole(suite: Suite) -> Suite:
+    """The suite's settings, over all its prompts: a confirmation is neither raced nor cut."""
+    cut = {"race", "limit"} & set(type(suite).model_fields)
+    return suite.model_copy(update=dict.fromkeys(cut))
 
 
 def scorers_of(suite: Suite) -> tuple[str, ...]:
@@ -227,6 +236,7 @@ def stages_of(
     model: Mapping[str, Any],
     judges: Mapping[str, tuple[JudgeSpec, Mapping[str, Input]]],
     block: Block | None = None,
+    split: Split | None = None,
 ) -> dict[str, Stage]:
     """Stage name -> stage; the stage named `name` has the metrics.
 
@@ -247,6 +257,7 @@ def stages_of(
     generated = GenerateSpec(
         format=suite.format,
         label=_LABELS[suite.kind],
+        split=split,
         needs_answer=isinstance(suite, TaskSuite),
         compared_by=suite.scorer if isinstance(suite, TaskSuite) else None,
         limit=suite.limit,

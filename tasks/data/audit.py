@@ -26,6 +26,7 @@ from datasketch import MinHash, MinHashLSH
 from ebbline.tasks.data.conversations import is_training_data, read_conversations
 from ebbline.tasks.data.formats.folders import read_set
 from ebbline.tasks.data.prompts import Prompt, PromptSet, read_prompts
+from ebbline.tasks.data.split import folded
 from ebbline.tasks.errors import DataError, StudyError
 
 LOWEST_SIMILARITY = 0.1
@@ -191,7 +192,7 @@ def content_words(text: str) -> frozenset[str]:
     return (
         frozenset(word for word in words if word not in _FRAME)
         or frozenset(words)
-        or frozenset([_folded(text)])
+        or frozenset([folded(text)])
     )
 
 
@@ -221,14 +222,10 @@ def _stem(word: str) -> str:
 _FRAME = frozenset(map(_stem, f"{_FUNCTION_WORDS} {_FRAMING_WORDS}".split()))
 
 
-def _folded(text: str) -> str:
-    return " ".join(text.lower().split())
-
-
 def _by_text(rows: Iterable[Prompt]) -> dict[str, list[str]]:
     ids = defaultdict(list)
     for row in rows:
-        ids[_folded(row.text)].append(row.id)
+        ids[folded(row.text)].append(row.id)
     return ids
 
 
@@ -353,7 +350,7 @@ def overlap(rows: Sequence[Prompt], others: Sequence[Prompt], least_similarity: 
         for a, b, found in _similar(list(words), list(other_words), least_similarity)
         for one in words[a]
         for other in other_words[b]
-        if _folded(one.text) != _folded(other.text)
+        if folded(one.text) != folded(other.text)
     }
     return Overlap(
         prompts=len(others),

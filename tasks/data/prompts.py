@@ -16,8 +16,10 @@ from ebbline.tasks.data.data_file import FileRow, ending_of, stem_of, text_of
 from ebbline.tasks.data.formats.choices import QUESTION, with_choices, written_list
 from ebbline.tasks.data.formats.folders import read_set
 from ebbline.tasks.data.reader import data_files
+from ebbline.tasks.data.split import chosen
 from ebbline.tasks.errors import DataError
 from ebbline.tasks.specs import PromptFormat as Format
+from ebbline.tasks.specs import Split
 
 Label = Literal["harmful", "harmless"]
 PROMPT_COLUMNS = ("prompt", "goal", "Goal", "Behavior", "forbidden_prompt", "question")
@@ -139,17 +141,19 @@ def read_prompts(
     label: Label | None = None,
     limit: int | None = None,
     needs_answer: bool = False,
+    split: Split | None = None,
 ) -> PromptSet:
     """A prompt set from a data file (see `ebbline.tasks.data.reader`), or from a folder (HEx-PHI,
     or one such file in it).
 
-    `label` keeps the prompts with that label; a set without labels is kept whole. `limit` then
+    `split` keeps one side of the set, and the split does not depend on what else is kept. `label`
+    keeps the prompts with that label; a set without labels is kept whole. `limit` then
     keeps that many prompts, evenly spaced, because many files are sorted by category. A duplicate
     id gets its line appended. A prompt given several times is asked once.
 
-    Raises DataError for an empty set, the wrong columns, a row without a prompt, a label that no
-    prompt has, and for one prompt with two labels. With `needs_answer`, also for a row without an
-    answer, and for one prompt with two answers.
+    Raises DataError for an empty set, an empty side of the split, the wrong columns, a row without
+    a prompt, a label that no prompt has, and for one prompt with two labels. With `needs_answer`,
+    also for a row without an answer, and for one prompt with two answers.
     """
     if limit is not None and limit < 1:
         raise DataError(
@@ -163,7 +167,8 @@ def read_prompts(
     named = _unique(read, [row.line for row in rows])
     distinct, repeats = _distinct(named, needs_answer)
     renamed = sum(prompt.id != read[place].id for place, prompt in distinct)
-    prompts = _labelled([prompt for _, prompt in distinct], label, path)
+    asked = [prompt for _, prompt in distinct]
+    prompts = _labelled(asked if split is None else _side(asked, split, path), label, path)
     if limit is not None and limit < len(prompts):
         prompts = [prompts[i * len(prompts) // limit] for i in range(limit)]
     return PromptSet(name, tuple(prompts), len(rows), renamed, tuple(repeats))
@@ -315,6 +320,22 @@ def _distinct(
         if prompt.label and not earlier.label:
             first[text] = (kept, replace(earlier, label=prompt.label))
     return list(first.values()), repeats
+
+
+def _side(prompts: list[Prompt], split: Split, path: Path) -> list[Prompt]:
+    """The prompts on one side of the split. Raises DataError for a split with an empty side."""
+    found = chosen([each.text for each in prompts], [_stratum(each) for each in prompts], split)
+    if not 0 < len(found) < len(prompts):
+        empty = {"search": "confirm", "confirm": "search"}[split.side] if found else split.side
+        raise DataError(
+            f"hold_out {split.hold_out:g} of the {len(prompts)} prompts of {path} leaves none to "
+            f"{empty} with; give another share"
+        )
+    return [prompts[place] for place in found]
+
+
+def _stratum(prompt: Prompt) -> str:
+    return f"{prompt.label}\0{prompt.category}"
 
 
 def _labelled(prompts: list[Prompt], label: Label | None, path: Path) -> list[Prompt]:

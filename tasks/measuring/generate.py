@@ -60,7 +60,7 @@ def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
 
 def asked(spec: GenerateSpec, path: Path) -> Asked:
     """The prompts of a generation. Raises DataError for a set that cannot be measured."""
-    whole = read_prompts(path, spec.format, spec.label, spec.limit, spec.needs_answer)
+    whole = read_prompts(path, spec.format, spec.label, spec.limit, spec.needs_answer, spec.split)
     if spec.compared_by is not None:
         scorer = TASK_SCORERS[spec.compared_by]
         for prompt in whole.prompts:

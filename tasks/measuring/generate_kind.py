@@ -10,6 +10,9 @@ from ebbline.tasks.stage_kind import Load, StageKind, model_in_memory, one_gpu
 def prompts_of(spec: GenerateSpec, prompts: Input) -> tuple[int, int]:
     """(prompts that a generation uses, tokens of one prompt)."""
     rows, tokens = rows_of(prompts)
+    if spec.split is not None:
+        held_out = int(rows * spec.split.hold_out)
+        rows = max(1, held_out if spec.split.side == "confirm" else rows - held_out)
     rows = min(rows, spec.limit or rows)
     if spec.block is not None:
         rows = max(1, min(spec.block.size, rows - spec.block.index * spec.block.size))

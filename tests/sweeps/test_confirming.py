@@ -10,15 +10,20 @@ import pytest
 from ebbline.commands.studies.naming import rename_study
 from ebbline.sweeps.drive.confirming import begin, confirming_study, confirming_view, points_in
 from ebbline.sweeps.state.trials import Trials
-from ebbline.sweeps.study.changes import lasting
+from ebbline.sweeps.study.changes import lasting, rejections
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point
-from ebbline.sweeps.study.reading.overlaps import contamination, require_apart
+from ebbline.sweeps.study.reading.overlaps import (
+    confirmation_overlaps,
+    contamination,
+    require_apart,
+)
 from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import load
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.data.language import language_files, strings
+from ebbline.tasks.data.prompts import read_prompts
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.identity import content_digest
 from tests.sweeps.made import study as made_study
@@ -185,3 +190,86 @@ def test_a_renamed_study_keeps_its_confirmations(tmp_path: Path) -> None:
     confirming = confirming_view(renamed)
     assert confirming is not None and confirming.study.study == "small.confirm"
     assert points_in(confirming.study) == [SECOND]
+
+
+HELD_OUT: dict[str, Any] = {"confirm": {"suites": {"refusal": {"hold_out": 0.3}}}}
+
+
+def one_file(folder: Path) -> Study:
+    """A study with one prompt file, a part of which is held out."""
+    path = write_lines(folder / "all.jsonl", [{"prompt": f"may I {n}"} for n in range(20)])
+    reference = {"path": {"path": str(path), "sha256": content_digest(path)}}
+    measure = {"kind": "refusal", "limit": 10}
+    changes = {"suites/refusal": {"prompts": reference, "measure": measure}, **HELD_OUT}
+    return made_study(folder, changes)
+
+
+def test_a_part_of_one_file_is_held_out_of_the_search(tmp_path: Path) -> None:
+    own = one_file(tmp_path)
+    view = StudyView(own, Home(tmp_path / "home"))
+    confirming = confirming_study(own, [FIRST])
+    asked = []
+    for study in (own, confirming):
+        graph = StageGraph(study, view.home)
+        suites = [graph.stages_for(FIRST), graph.baselines()["7b"]]
+        scored = suites[1]["refusal"].inputs["generation"]
+        generated = [suites[0]["generate:refusal[seed=0]"], scored]
+        specs: list[Any] = [getattr(each, "spec", None) for each in generated]
+        assert specs[0].split == specs[1].split, "the aligned model is asked the same prompts"
+        path = own.suites["refusal"].prompts.path
+        assert path is not None
+        found = read_prompts(path.located(), limit=specs[0].limit, split=specs[0].split)
+        asked.append({prompt.id for prompt in found.prompts})
+    assert len(asked[0]) == 10 and len(asked[1]) == 6, "a confirmation asks all that is held out"
+    assert not asked[0] & asked[1]
+    assert all(each.overlap is None or not each.overlap.exact for each in overlaps_in_search(view))
+
+
+def overlaps_in_search(view: StudyView) -> list[Any]:
+    return [each for each in confirmation_overlaps(view) if each.other == "suites.refusal"]
+
+
+def test_what_is_held_out_belongs_to_the_identity_of_the_study(tmp_path: Path) -> None:
+    plain, held, other = (
+        lasting(made_study(tmp_path, changes).model_dump(mode="json"))
+        for changes in (
+            CONFIRM,
+            HELD_OUT,
+            {"confirm": {"suites": {"refusal": {"hold_out": 0.4}}}},
+        )
+    )
+    assert "confirm" not in plain
+    assert list(rejections(plain, held)) == [
+        "confirm: added; this would change the meaning of existing points"
+    ]
+    assert list(rejections(held, other)) == [
+        "confirm.suites.refusal.hold_out: 0.3 -> 0.4; this would change the meaning of existing "
+        "points"
+    ]
+
+
+def test_a_suite_of_the_same_prompts_must_hold_out_the_same_part(tmp_path: Path) -> None:
+    second = {"prompts": {"language": "refusal.jsonl"}, "measure": {"kind": "refusal"}}
+    message = r"suites.again has the same prompts.*Add confirm.suites.again: \{hold_out: 0.3\}"
+    with pytest.raises(StudyError, match=message):
+        made_study(tmp_path, {"suites/again": second, "objectives": ["task_accuracy"], **HELD_OUT})
+    both = {"suites": {name: {"hold_out": 0.3} for name in ("refusal", "again")}}
+    made_study(tmp_path, {"suites/again": second, "objectives": ["task_accuracy"], "confirm": both})
+
+
+@pytest.mark.parametrize(
+    ("fresh", "message"),
+    [
+        ({"hold_out": 1.0}, "confirm.suites.refusal.hold_out"),
+        ({"hold_out": 0.3, "language": "over_refusal.jsonl"}, "give exactly one of"),
+    ],
+)
+def test_a_wrong_part_is_an_error(tmp_path: Path, fresh: dict[str, Any], message: str) -> None:
+    with pytest.raises(StudyError, match=message):
+        made_study(tmp_path, {"confirm": {"suites": {"refusal": fresh}}})
+
+
+def test_a_split_beside_a_held_out_part_is_an_error(tmp_path: Path) -> None:
+    split = {"suites/refusal/split": {"hold_out": 0.3, "side": "search"}}
+    with pytest.raises(StudyError, match=r"suites.refusal.split: remove it"):
+        made_study(tmp_path, {**split, **HELD_OUT})

@@ -12,11 +12,12 @@ from pathlib import Path
 from ebbline.cluster.store.resolver import Resolver
 from ebbline.sweeps.study.reading.row_sets import located
 from ebbline.sweeps.study.references import DataRef
-from ebbline.sweeps.study.suites import MultipleChoiceSuite, Suite, prompts_of
+from ebbline.sweeps.study.suites import MultipleChoiceSuite, Suite, prompts_of, whole
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.data.audit import Overlap, overlap, read_other
 from ebbline.tasks.data.prompts import Prompt
 from ebbline.tasks.errors import StudyError
+from ebbline.tasks.specs import Split
 from ebbline.tasks.stage import Part
 
 SHOWN = 5  # ids in a message
@@ -54,7 +55,8 @@ def contamination(view: StudyView) -> Iterator[Shared]:
         if isinstance(entry.measure, MultipleChoiceSuite):
             yield Shared(suite, "the training data", 0, None, "lm-eval reads its items")
             continue
-        prompts = _prompts(view, resolver, entry.prompts, entry.measure)
+        split = view.study.split_of(suite)
+        prompts = _prompts(view, resolver, entry.prompts, entry.measure, split)
         for where, reference in _training(view):
             yield _shared(suite, prompts, where, _others(view, resolver, reference))
 
@@ -62,13 +64,14 @@ def contamination(view: StudyView) -> Iterator[Shared]:
 def confirmation_overlaps(view: StudyView) -> Iterator[Shared]:
     """What the prompts of `confirm` share with the search's prompts and with the training data."""
     study, resolver = view.study, Resolver(view.home.store)
-    for suite, reference in () if study.confirm is None else study.confirm.suites.items():
+    for suite, fresh in () if study.confirm is None else study.confirm.suites.items():
         entry = study.suites[suite]
-        prompts = _prompts(view, resolver, reference, entry.measure)
+        reference = fresh.set_of(entry.prompts)
+        prompts = _prompts(view, resolver, reference, whole(entry.measure), fresh.split)
         for name, other in study.suites.items():
             if isinstance(other.measure, MultipleChoiceSuite):
                 continue  # its items are no prompts: no confirmation has such a suite
-            asked = _prompts(view, resolver, other.prompts, other.measure)
+            asked = _prompts(view, resolver, other.prompts, other.measure, study.split_of(name))
             yield _shared(f"confirm.suites.{suite}", prompts, f"suites.{name}", asked)
         for where, data in _training(view):
             yield _shared(f"confirm.suites.{suite}", prompts, where, _others(view, resolver, data))
@@ -120,13 +123,13 @@ def _training(view: StudyView) -> Iterator[tuple[str, DataRef]]:
 
 
 def _prompts(
-    view: StudyView, resolver: Resolver, reference: DataRef, suite: Suite
+    view: StudyView, resolver: Resolver, reference: DataRef, suite: Suite, split: Split | None
 ) -> tuple[Prompt, ...] | None:
     """The prompts of a suite; None where they are not on this machine or are lm-eval's."""
     if isinstance(suite, MultipleChoiceSuite):
         return None
     path = _path(view, resolver, reference)
-    return None if path is None else prompts_of(suite, path).prompts
+    return None if path is None else prompts_of(suite, path, split).prompts
 
 
 def _others(view: StudyView, resolver: Resolver, reference: DataRef) -> tuple[Prompt, ...] | None:

@@ -11,12 +11,13 @@ from ebbline.sweeps.study.axes import Range
 from ebbline.sweeps.study.reading.field_faults import unknown
 from ebbline.sweeps.study.references import Data, DataRef, Hub
 from ebbline.sweeps.study.study import Study
-from ebbline.sweeps.study.suites import MultipleChoiceSuite, Suite, prompts_of
+from ebbline.sweeps.study.suites import MultipleChoiceSuite, Suite, prompts_of, whole
 from ebbline.tasks.data.conversations import read_conversations
 from ebbline.tasks.data.formats.chats import chat_format, columns_read
 from ebbline.tasks.data.formats.folders import read_set
 from ebbline.tasks.data.rows import LANGUAGE_ROWS, LANGUAGE_TASKS
 from ebbline.tasks.errors import DataError
+from ebbline.tasks.specs import Split
 
 PRETRAINING = "pretrain.jsonl"
 _FILES = {*LANGUAGE_ROWS, PRETRAINING}
@@ -37,7 +38,8 @@ class RowFacts:
 
 @dataclass(frozen=True)
 class RowSet:
-    """A set and its place in the study file. Training data has no `measure`.
+    """A set and its place in the study file. Training data has no `measure`; `split` is the side of
+    it that is asked.
 
     `needed` is the number of conversations that the largest training takes from the set, in an
     order for each of `seeds`. The data of a tuned model has its `model` and `max_tokens`.
@@ -46,6 +48,7 @@ class RowSet:
     where: str
     reference: DataRef
     measure: Suite | None = None
+    split: Split | None = None
     needed: int = 0
     seeds: tuple[int, ...] = ()
     model: str = ""
@@ -79,7 +82,7 @@ class RowSet:
             return RowFacts(rows, min(rows, self.needed), *_training_format(path))
         if isinstance(self.measure, MultipleChoiceSuite):
             return RowFacts(0, 0, "lm-eval", ())  # its tasks are read where lm-eval is imported
-        found = prompts_of(self.measure, path)
+        found = prompts_of(self.measure, path, self.split)
         columns = ("category", "label", "answer")
         held = [name for name in columns if any(getattr(each, name) for each in found.prompts)]
         columns_read = ("prompt", *held)
@@ -105,9 +108,12 @@ def row_sets(study: Study) -> Iterator[RowSet]:
                     seeds = (data.settings.seed,)
                     yield replace(each, seeds=seeds, model=name, max_tokens=most)
     for name, entry in study.suites.items():
-        yield RowSet(f"suites.{name}.prompts", entry.prompts, entry.measure)
-    for name, prompts in () if study.confirm is None else study.confirm.suites.items():
-        yield RowSet(f"confirm.suites.{name}", prompts, study.suites[name].measure)
+        where, split = f"suites.{name}.prompts", study.split_of(name)
+        yield RowSet(where, entry.prompts, entry.measure, split)
+    for name, fresh in () if study.confirm is None else study.confirm.suites.items():
+        entry = study.suites[name]
+        rows, where = fresh.set_of(entry.prompts), f"confirm.suites.{name}"
+        yield RowSet(where, rows, whole(entry.measure), fresh.split)
 
 
 def located(reference: DataRef) -> Path | None:
