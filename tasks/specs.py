@@ -251,6 +251,10 @@ class TrainSpec(Spec):
             )
         return self
 
+    def length(self, rows: int) -> int:
+        """The number of optimiser steps of a training on that many rows."""
+        return self.steps or max(1, round(self.epochs * rows / self.global_batch))
+
     @property
     def penalised(self) -> bool:
         """Whether a penalty acts: a weight of 0 turns it off."""

@@ -162,7 +162,13 @@ def _fine_tuning(
     results: Sequence[Result],
     provenance: Provenance,
 ) -> Iterator[str]:
-    if train.steps is not None or _varies(results, "train.steps"):
+    by_steps = [r for r in results if dict(r.point.values).get("train.steps") is not None]
+    if by_steps and len(by_steps) < len(results) and train.steps is None:
+        length = (
+            f"{_setting(results, 'train.epochs', train.epochs)} epochs, or for "
+            f"{_setting(by_steps, 'train.steps', None)} steps"
+        )
+    elif train.steps is not None or _varies(results, "train.steps"):
         length = f"{_setting(results, 'train.steps', train.steps)} steps"
     else:
         length = f"{_setting(results, 'train.epochs', train.epochs)} epochs"

@@ -320,8 +320,9 @@ def _data(published: Published, study: Study) -> Fact:
 def _setting(
     what: str, there: int | float | None, chosen: Sequence[Result], study: Study, axis: str
 ) -> Fact:
-    steps = None if study.train is None else study.train.steps
-    if axis == "train.epochs" and steps is not None:
+    lengths = {_value(study, result, "train.steps") for result in chosen} - {None}
+    if axis == "train.epochs" and lengths:
+        steps = " or ".join(sorted(map(str, lengths), key=natural))
         return Fact(
             what,
             UNKNOWN if there is None else "differs",

@@ -402,7 +402,16 @@ def size_confound(study: Study, results: Sequence[Result]) -> str:
     axes = [dict(result.point.values) for result in results]
     if study.train is None or len({each.get("data.size") for each in axes}) < 2:
         return ""
-    if study.train.steps is not None or any("train.steps" in each for each in axes):
+    steps = {each.get("train.steps", study.train.steps) for each in axes}
+    if None in steps and len(steps) > 1:
+        fixed = ", ".join(sorted((str(each) for each in steps if each is not None), key=natural))
+        return (
+            "Data sizes are compared in both ways. At equal epochs (points whose train.steps is "
+            f"none) a larger set was trained on for more steps; at equal steps ({fixed}) a smaller "
+            "set was seen more often. An effect of the size that only one of them shows may be one "
+            "of the steps or of the repetition."
+        )
+    if None not in steps:
         return (
             "Data sizes are compared at equal steps, so a smaller set was seen more often: an "
             "effect of the size may be one of the repetition."

@@ -310,12 +310,10 @@ class StageGraph:
             raise StudyError("the study has no `train`, so its points are those of `adapters`")
         model = self.study.models[name]
         of_training, of_data = self.study.drawn_by(seed)
-        data = self._data(
-            self.study.data, _with(self.study.data.settings, "data", values, seed=of_data)
-        )
-        settings = _with(
-            model.train_settings(self.study.train), "train", values, seed=of_training
-        ).without_idle_settings()
+        drawn = _with(self.study.data.settings, "data", values, seed=of_data)
+        data = self._data(self.study.data, drawn)
+        given = model.train_settings(self.study.train)
+        settings = _of_length(given, values, of_training, drawn.size).without_idle_settings()
         family = self._families[name]
         started, extrapolated = self._started(family, values)
         inputs = {"model": started, "data": Part(data, DataSpec.ROWS)}
@@ -538,6 +536,19 @@ def of_seeds(study: Study, stages: Mapping[str, Stage], seeds: int) -> dict[str,
     """The stages of the study's first `seeds` seeds."""
     included = set(study.seeds[:seeds])
     return {name: stage for name, stage in stages.items() if StageName.parse(name).seed in included}
+
+
+def _of_length(train: TrainSpec, values: Mapping[str, Value], seed: int, rows: int) -> TrainSpec:
+    """The training settings of a point. On an axis `train.steps`, steps replace the epochs; `null`
+    leaves the epochs. If both give one number of steps, it is one training, written in epochs.
+    """
+    steps = values.get("train.steps")
+    if steps is None or train.steps is not None or "train.epochs" in values:
+        return _with(train, "train", values, seed=seed)
+    by_epochs = _with(train, "train", {**values, "train.steps": None}, seed=seed)
+    if by_epochs.length(rows) == steps:
+        return by_epochs
+    return _with(train, "train", {**values, "train.epochs": 1.0}, seed=seed)
 
 
 def _with(spec: S, prefix: str, values: Mapping[str, Value], **fixed: Value) -> S:

@@ -22,7 +22,6 @@ from ebbline.tasks.training.train import (
     check_loss,
     known,
     learning_rate,
-    length,
     read_rows,
     save_adapter,
     steps_of,
@@ -47,7 +46,7 @@ def run(
         rows = read_rows(data, pack.tokenizer, members[0].spec)
         for member in members:
             pack.resume(member)
-            steps = length(member.spec, len(rows))
+            steps = member.spec.length(len(rows))
             member.ctx.resumed(steps_of(member.curve, steps))
         clock.tick(members)
         yield from _train(pack, list(members), rows, clock)
@@ -58,7 +57,7 @@ def run(
 def _train(
     pack: Pack, active: list[Member], rows: list[Row], clock: "_Clock"
 ) -> Iterator[tuple[Member, TrainingError | None]]:
-    steps, saved_at = length(active[0].spec, len(rows)), time.monotonic()
+    steps, saved_at = active[0].spec.length(len(rows)), time.monotonic()
     while active:
         for member in [member for member in active if len(member.curve) >= steps]:
             active.remove(member)

@@ -44,7 +44,7 @@ def run(spec: TrainSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) ->
     )
     try:
         rows = read_rows(inputs["data"], engine.tokenizer, spec)
-        steps = length(spec, len(rows))
+        steps = spec.length(len(rows))
         curve = engine.resume()
         ctx.resumed(steps_of(curve, steps))
         for step in range(len(curve), steps):
@@ -86,11 +86,6 @@ def read_rows(data: Path, tokenizer: Any, spec: TrainSpec) -> list[Row]:
         except DataError as error:
             raise DataError(f"{data}, row {number}: {error}") from None
     return rows
-
-
-def length(spec: TrainSpec, rows: int) -> int:
-    """The number of optimiser steps."""
-    return spec.steps or max(1, round(spec.epochs * rows / spec.global_batch))
 
 
 def steps_of(curve: Curve, steps: int) -> list[TrainedStep]:

@@ -25,7 +25,7 @@ def _resident(spec: TrainSpec, stage: Stage) -> str:
 def _counted_work(spec: TrainSpec, stage: Stage) -> Load:
     shape = model_shape(stage.inputs["model"])
     rows, row_tokens = rows_of(stage.inputs["data"])
-    steps = spec.steps or max(1, round(spec.epochs * rows / spec.global_batch))
+    steps = spec.length(rows)
     tokens = spec.global_batch * min(row_tokens, spec.max_tokens)
     if spec.method == "full":
         return training_passes(
