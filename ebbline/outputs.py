@@ -19,7 +19,7 @@ from ebbline.analysis.report.report import write_report
 from ebbline.analysis.report.second_process import SecondProcess
 from ebbline.analysis.report.verdict import answer_cells, verdict
 from ebbline.analysis.results.adapter_notes import adapter_notes
-from ebbline.analysis.results.before_after import before_after
+from ebbline.analysis.results.claims.family import family
 from ebbline.analysis.results.collect import (
     StoredEvidence,
     baselines,
@@ -35,7 +35,6 @@ from ebbline.analysis.results.controls.means import (
     write_controls,
 )
 from ebbline.analysis.results.costs import cost_rows, prediction_rows
-from ebbline.analysis.results.defended.beside import against_controls
 from ebbline.analysis.results.defended.modules import NO_EFFECTS
 from ebbline.analysis.results.frontier import shortlist_note
 from ebbline.analysis.results.labelled.corrected import labelled_suites
@@ -193,8 +192,8 @@ def answer_text(
     """The report's first sentences and its table of each model, for a terminal `width` columns
     wide; empty when no model has refusals to compare.
     """
-    lines = before_after(study, results, before, evidence)
-    against = against_controls(study, results, controls, evidence)
+    of = family(study, results, before, evidence, controls)
+    lines, against = of.lines, [each for each in of.against if each.is_control]
     compared = control_sentences(study, against)
     sentence = verdict(study, results, lines)
     if not sentence and not compared:

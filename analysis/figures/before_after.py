@@ -1,6 +1,7 @@
 """Before and after as a figure: a panel for each metric, a row for each model.
 
-The marks of a row are the three states with their 95% intervals.
+The marks of a row are the three states with their 95% intervals. Small dots are the values of the
+training seeds.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from ebbline.analysis.figures.drawing import error_bar, looks, style
+from ebbline.analysis.figures.drawing import (
+    SEEDS_NOTE,
+    error_bar,
+    have_seeds,
+    looks,
+    seed_dots,
+    seed_sign,
+    style,
+)
 from ebbline.analysis.results.before_after import STATES, Line, State
 from ebbline.analysis.results.wording import directed_label
 
@@ -51,15 +60,27 @@ def before_after_figure(lines: Sequence[Line]) -> Figure | None:
             axes.set_xlim(-0.02, 1.02)
         for axes in grid.flat[len(names) :]:
             axes.set_visible(False)
+        seeds = have_seeds(metric for line in lines for metric in line.states.values())
         figure.legend(
-            handles=[_handle(state) for state in STATES], loc="outside lower center", ncols=3
+            handles=[*map(_handle, STATES), *([seed_sign(1.0)] if seeds else [])],
+            loc="outside lower center",
+            ncols=2 if seeds else 3,
         )
     return figure
+
+
+def before_after_caption(lines: Sequence[Line]) -> str:
+    seeds = have_seeds(metric for line in lines for metric in line.states.values())
+    return (
+        "Each size before fine-tuning, fine-tuned, and the same training projected, with 95% "
+        f"intervals. Direction is in each title.{f' {SEEDS_NOTE}' if seeds else ''}"
+    )
 
 
 def _row(axes: Axes, line: Line, place: int, colour: str) -> None:
     for state, metric in line.states.items():
         marker, filled, size, offset = MARKS[state]
+        seed_dots(axes, [(metric, place + offset)], colour, 1.0)
         axes.errorbar(
             metric.value,
             place + offset,

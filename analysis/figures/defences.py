@@ -13,7 +13,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from ebbline.analysis.figures.drawing import SCREEN, Page, looks, style
+from ebbline.analysis.figures.drawing import (
+    SCREEN,
+    SEEDS_NOTE,
+    Page,
+    have_seeds,
+    looks,
+    seed_sign,
+    style,
+)
 from ebbline.analysis.figures.frontier import draw_frontier
 from ebbline.analysis.results.defended.beside import Beside, besides, defended
 from ebbline.analysis.results.defended.labels import defence_label
@@ -66,7 +74,10 @@ def defences_figure(
         for axes in grid.flat[len(arms) :]:
             axes.set_visible(False)
         figure.legend(
-            handles=_legend(appearance, signs, page),
+            handles=[
+                *_legend(appearance, signs, page),
+                *([seed_sign(page.marks)] if _have_seeds(arms, (useful, refusal)) else []),
+            ],
             loc="outside lower center",
             ncols=2 if page.narrow or columns == 1 else 3,
         )
@@ -77,6 +88,16 @@ def _arms(results: Sequence[Result]) -> dict[str, dict[str, list[Result]]]:
     """Model -> defence -> its adapters."""
     models = sorted({result.point.model for result in finished(results)}, key=natural)
     return {model: own for model in models if (own := defended(results, model))}
+
+
+def _have_seeds(arms: Mapping[str, Mapping[str, list[Result]]], names: Sequence[str]) -> bool:
+    return have_seeds(
+        result.metrics[name]
+        for own in arms.values()
+        for adapters in own.values()
+        for result in adapters
+        for name in names
+    )
 
 
 def _control_names(beside: Sequence[Beside]) -> list[str]:
@@ -166,11 +187,13 @@ def defences_words(
     )
 
 
-def defences_caption(controls: Sequence[ControlResult]) -> str:
+def defences_caption(controls: Sequence[ControlResult], results: Sequence[Result] = ()) -> str:
     text = (
         "Every adapter that a defence changed, with its 95% Wilson intervals. The steps are each "
         "defence's frontier; defences with more adapters have more chances."
     )
+    if have_seeds(m for result in finished(results) for m in result.metrics.values()):
+        text += f" {SEEDS_NOTE}"
     if controls:
         text += (
             " Grey: controls of the settings near each operating point, at the mean of their "

@@ -6,6 +6,7 @@ machines). No module of this folder imports pyplot, which would change global se
 
 import io
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from ebbline.analysis.results.wording import natural
 from ebbline.tasks.files import write_whole
@@ -130,6 +132,63 @@ def error_bars(metrics: Sequence[Metric]) -> tuple[list[float], list[float]]:
     """The same for several metrics."""
     found = [error_bar(metric) for metric in metrics]
     return [low for (low,), _ in found], [high for _, (high,) in found]
+
+
+SEEDS = "a training seed"  # the legend's name of a small dot
+SEEDS_NOTE = "Small dots: the value of each training seed, whose mean is the point."
+
+
+def have_seeds(metrics: Iterable[Metric]) -> bool:
+    """Whether any metric has the values of several seeds, so that a figure shows them."""
+    return any(len(metric.seeds) > 1 for metric in metrics)
+
+
+def seed_dots(
+    axes: Axes,
+    places: Iterable[tuple[Metric | float, Metric | float]],
+    colour: str,
+    marks: float,
+    zorder: float = 2.5,
+) -> None:
+    """The value of each training seed as a small dot behind its mean. A place is (x, y), each a
+    metric or a fixed number; one without several seeds has no dots. Where both are metrics, a fine
+    line leads from the mean to each dot.
+    """
+    xs: list[float] = []
+    ys: list[float] = []
+    rays: tuple[list[float], list[float]] = [], []
+    for place in places:
+        counts = {len(each.seeds) for each in place if isinstance(each, Metric)}
+        if len(counts) != 1 or (count := counts.pop()) < 2:
+            continue
+        for values, axis in zip((xs, ys), place, strict=True):
+            values += axis.seeds if isinstance(axis, Metric) else [axis] * count
+        for ray, axis in zip(rays, place, strict=True):
+            if isinstance(axis, Metric):
+                for value in axis.seeds:
+                    ray += [axis.value, value, math.nan]
+    if not xs:
+        return
+    if len(rays[0]) == len(rays[1]):
+        axes.plot(*rays, color=colour, linewidth=0.5 * marks, alpha=0.35, zorder=zorder)
+    axes.plot(
+        xs,
+        ys,
+        linestyle="",
+        marker="o",
+        markersize=2.2 * marks,
+        markeredgewidth=0,
+        color=colour,
+        alpha=0.6,
+        zorder=zorder,
+    )
+
+
+def seed_sign(marks: float) -> Line2D:
+    """The legend's entry of `seed_dots`."""
+    return Line2D(
+        [], [], color="0.35", marker="o", markersize=2.2 * marks, linestyle="", label=SEEDS
+    )
 
 
 def dots(

@@ -17,11 +17,15 @@ from matplotlib.ticker import PercentFormatter
 from ebbline.analysis.figures.drawing import (
     MOST_INTERVALS,
     SCREEN,
+    SEEDS_NOTE,
     Page,
     dots,
     error_bar,
     error_bars,
+    have_seeds,
     looks,
+    seed_dots,
+    seed_sign,
     style,
 )
 from ebbline.analysis.results.frontier import finished, frontier
@@ -85,7 +89,10 @@ def frontier_figure(
                 transform=axes.transAxes,
             )
         figure.legend(
-            handles=_legend(appearance, drawn, baselines, page, bool(picked)),
+            handles=[
+                *_legend(appearance, drawn, baselines, page, bool(picked)),
+                *([seed_sign(page.marks)] if _seeds_shown(done, drawn) else []),
+            ],
             loc="outside lower center",
             ncols=2 if page.narrow else 3,
         )
@@ -101,11 +108,17 @@ def frontier_caption(results: Sequence[Result], picked: Sequence[Result] = ()) -
         "95% Wilson intervals (filled: projected; hollow: not), and the others are dots; "
         "results.csv has all intervals."
     )
+    shown = have_seeds(metric for r in finished(results) for metric in r.metrics.values())
+    seeds = f" {SEEDS_NOTE}" if shown else ""
     ring = " A ring marks the point that `ebbline pick` chose." if picked else ""
     return (
         f"{intervals} The steps are each model's frontier, the stars its aligned model before "
-        f"fine-tuning.{ring}"
+        f"fine-tuning.{ring}{seeds}"
     )
+
+
+def _seeds_shown(done: Sequence[Result], drawn: Sequence[str]) -> bool:
+    return have_seeds(result.metrics[name] for result in done for name in drawn)
 
 
 def _distinct_numbers(chosen: Sequence[Result], drawn: Sequence[str]) -> set[int]:
@@ -138,6 +151,7 @@ def _points(
     for projected in (False, True):
         group = [r for r in own if is_projected(r) is projected and r.number not in left_out]
         if group:
+            seed_dots(axes, [_place(result, drawn) for result in group], colour, marks)
             axes.errorbar(
                 *places(group),
                 xerr=error_bars([r.metrics[drawn[0]] for r in group]) if len(drawn) == 2 else None,
@@ -151,6 +165,12 @@ def _points(
                 alpha=0.65,
                 zorder=3,
             )
+
+
+def _place(result: Result, drawn: Sequence[str]) -> tuple[Metric | float, Metric]:
+    """Where a result is drawn; over its number with one objective."""
+    across = result.metrics[drawn[0]] if len(drawn) == 2 else float(result.number)
+    return across, result.metrics[drawn[-1]]
 
 
 def _ring(axes: Axes, result: Result, drawn: Sequence[str], marks: float) -> None:

@@ -21,10 +21,14 @@ from ebbline.analysis.figures.drawing import (
     MOST_INTERVALS,
     MOST_LOOKS,
     SCREEN,
+    SEEDS_NOTE,
     Page,
     dots,
     error_bars,
+    have_seeds,
     looks,
+    seed_dots,
+    seed_sign,
     style,
 )
 from ebbline.analysis.results.frontier import finished
@@ -66,6 +70,8 @@ def threshold_figure(
     none_at = thresholds[0] - max(0.05, 0.2 * (thresholds[-1] - thresholds[0]))
     turned = page.narrow and len(models) > 1
     rows, columns = (len(models), len(metric_names)) if turned else (len(metric_names), len(models))
+    drawn = [r.metrics[name] for r in done for name in metric_names if name in r.metrics]
+    seeds_shown = not many and len(done) <= MOST_INTERVALS and have_seeds(drawn)
     with style(page):
         own_size = (max(4.6, 3.1 * len(models)), 2.4 * len(metric_names) + 1.0)
         figure = Figure(
@@ -125,6 +131,7 @@ def threshold_figure(
             handles=[
                 *(_spread_legend(len(trainings), page) if many else _legend(appearance, page)),
                 *([_aligned_sign(page)] if baselines else []),
+                *([seed_sign(page.marks)] if seeds_shown else []),
             ],
             loc="outside lower center",
             ncols=2,
@@ -154,7 +161,8 @@ def threshold_caption(results: Sequence[Result], defence: Defence = SAFE_LORA) -
         return (
             f"{defence.words.against} results.csv has the 95% intervals of the {len(done)} points."
         )
-    return f"{defence.words.against} 95% Wilson intervals."
+    seeds = have_seeds(metric for result in done for metric in result.metrics.values())
+    return f"{defence.words.against} 95% Wilson intervals.{f' {SEEDS_NOTE}' if seeds else ''}"
 
 
 def _value(result: Result, knob: str) -> float:
@@ -202,6 +210,9 @@ def _line(
         group = [result for result in own if is_projected(result) is projected]
         metrics = [result.metrics[name] for result in group]
         if group:
+            if intervals:
+                places = [(at[r.number], r.metrics[name]) for r in group]
+                seed_dots(axes, places, colour, marks)
             axes.errorbar(
                 [at[result.number] for result in group],
                 [metric.value for metric in metrics],

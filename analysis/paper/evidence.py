@@ -44,9 +44,11 @@ def evidence_card(
     shared: Sequence[Shared],
     measured_before: Mapping[str, Mapping[str, str]],
     controls: Sequence[ControlResult] = (),
+    tests: int = 0,
 ) -> str:
     """The card as Markdown. `measured_before` maps each model and suite to the key of the stage
-    that measured the model before fine-tuning.
+    that measured the model before fine-tuning. `tests` is the number of tests in the family of all
+    comparisons.
     """
     fields = [
         *_question(study, provenance),
@@ -56,7 +58,7 @@ def evidence_card(
         *_judges(study, results, provenance),
         *_confirmation(study, results, provenance),
         *_contamination(shared, provenance),
-        *_multiplicity(results, provenance),
+        *_multiplicity(results, provenance, tests),
         *_not_measured(study, provenance),
     ]
     lines = [
@@ -217,13 +219,14 @@ def _contamination(shared: Sequence[Shared], provenance: Provenance) -> Iterator
         yield Field("contamination", str(each), _of_study(provenance))
 
 
-def _multiplicity(results: Sequence[Result], provenance: Provenance) -> Iterator[Field]:
+def _multiplicity(results: Sequence[Result], provenance: Provenance, tests: int) -> Iterator[Field]:
     done = finished(results)
     among = max((each.confirmed.among for each in done if each.confirmed is not None), default=0)
     yield Field(
         "multiplicity",
-        f"{len(done)} finished points, {len(distinct(done))} different adapters; comparisons of a "
-        "table are one family (Benjamini and Hochberg), which does not allow for a pick; "
+        f"{len(done)} finished points, {len(distinct(done))} different adapters; all {tests} "
+        "tests of the report are one family (Benjamini and Hochberg), which does not allow for a "
+        "pick; "
         f"{among} points were confirmed together (Bonferroni)",
         _of_study(provenance),
     )

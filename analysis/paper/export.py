@@ -31,7 +31,14 @@ from ebbline.analysis.paper.latex import (
 )
 from ebbline.analysis.paper.methods import methods
 from ebbline.analysis.report.provenance import Provenance, provenance
-from ebbline.analysis.results.collect import baselines, collect, costs_before, keys_before
+from ebbline.analysis.results.claims.family import family
+from ebbline.analysis.results.collect import (
+    StoredEvidence,
+    baselines,
+    collect,
+    costs_before,
+    keys_before,
+)
 from ebbline.analysis.results.controls.means import collect_controls
 from ebbline.analysis.results.measurements import Baselines, refusal_metric, usefulness_metric
 from ebbline.analysis.results.picks.choices import chosen
@@ -85,6 +92,7 @@ class ExportData:
     shared: Sequence[Shared] = ()
     measured_before: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     controls: Sequence[ControlResult] = ()
+    tests: int = 0  # of the family of all comparisons (ebbline.analysis.results.claims.family)
 
 
 def write_export(view: StudyView, to: Path, styles: Sequence[Style]) -> Export:
@@ -122,16 +130,18 @@ def _read(view: StudyView) -> ExportData:
             "nothing to export; `ebbline status` shows its progress"
         )
     controls = collect_controls(view, results)
+    before = baselines(view)
     return ExportData(
         view.study,
         results,
-        baselines(view),
+        before,
         provenance(view, [*results, *(each.result for each in controls)]),
         costs_before(view),
         chosen(results, view.folder),
         list(contamination(view)),
         keys_before(view),
         controls,
+        family(view.study, results, before, StoredEvidence(view), controls).size,
     )
 
 
@@ -223,6 +233,7 @@ def _write(
         spent,
         home.profile,
         data.shared,
+        data.tests,
     )
     card = evidence_card(
         data.study,
@@ -232,6 +243,7 @@ def _write(
         data.shared,
         data.measured_before,
         data.controls,
+        data.tests,
     )
     write_whole(folder / "evidence.md", lambda path: path.write_text(card, "utf-8"))
     keys = list(dict.fromkeys([EBBLINE, *PAPERS, *cited(text)]))

@@ -267,15 +267,20 @@ def before_after_frame(
             *m.interval,
             m.n,
             m.undecided,
+            len(m.seeds) or 1,
+            m.between_seeds,
         )
         for row in conditions(study, results, baselines)
         for name, m in sorted(row.metrics.items())
     ]
     frame = pd.DataFrame(
         rows,
-        columns=["model", "what", "point", "metric", "value", "low", "high", "n", "undecided"],
+        columns=[
+            *("model", "what", "point", "metric", "value", "low", "high"),
+            *("n", "undecided", "seeds", "seed_sd"),
+        ],
     )
-    return frame.astype({"point": "Int64"})
+    return frame.astype({"point": "Int64", "seed_sd": "Float64"})
 
 
 def headlines(study: Study) -> list[str]:

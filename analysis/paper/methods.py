@@ -64,11 +64,13 @@ def methods(
     spent: Spent,
     profile: Profile,
     shared: Sequence[Shared] = (),
+    tests: int = 0,
 ) -> str:
     """A Markdown text of short paragraphs.
 
     `before` maps stage keys to the cost of measuring the aligned models. `shared` says what each
-    suite's prompts have in common with the training data.
+    suite's prompts have in common with the training data. `tests` is the number of tests in the
+    family of all comparisons.
     """
     parts = {
         "Models": _models(study, provenance),
@@ -77,6 +79,7 @@ def methods(
         "Measurement": _measurement(study, results, baselines, provenance),
         "Contamination": _contamination(shared),
         "Points": _points(study, results),
+        "Comparisons": _comparisons(tests),
         "Confirmation": _confirmation(study, results),
         "Seeds and intervals": _repeats(study, results),
         "Hardware and cost": _hardware(results, provenance, before, spent, profile),
@@ -211,6 +214,16 @@ def _contamination(shared: Sequence[Shared]) -> Iterator[str]:
     if shared:
         yield "Prompts and training data were compared in normalised words. " + " ".join(
             f"{each}." for each in shared
+        )
+
+
+def _comparisons(tests: int) -> Iterator[str]:
+    if tests:
+        yield (
+            f"The p-values of all {tests} tests of the report are one family, corrected by "
+            "Benjamini and Hochberg: trainings, defended points, the table before and after, and "
+            "defences against controls and each other. No correction allows for the pick of a "
+            "point; what was confirmed is a family of its own, stated below."
         )
 
 

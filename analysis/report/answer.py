@@ -9,9 +9,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from ebbline.analysis.results.before_after import Line, before_after
 from ebbline.analysis.results.claims.between_seeds import FEWEST_SEEDS, crossed_spreads
-from ebbline.analysis.results.claims.refusal_moves import refusal_moves
+from ebbline.analysis.results.claims.family import Family, family
 from ebbline.analysis.results.frontier import finished, objective_values
 from ebbline.analysis.results.measurements import (
     LEVEL,
@@ -52,15 +51,14 @@ def answer(
     results: Sequence[Result],
     baselines: Baselines,
     evidence: Evidence = NO_EVIDENCE,
-    lines: Sequence[Line] | None = None,
+    of: Family | None = None,
 ) -> list[str]:
     """Paragraphs on each model's fine-tuning, projection and operating point, then the limits.
 
     `evidence` holds the samples: measurements on the same prompts are compared in pairs. Without
     samples they are compared by their intervals. Of many points, some are compared; the sentences
-    say how many. `lines` is the result of
-    ebbline.analysis.results.before_after; it is computed if not given. Raises EvaluationError
-    when a finished point lacks the refusal rate or an objective.
+    say how many. `of` has the comparisons of the report; they are computed if not given. Raises
+    EvaluationError when a finished point lacks the refusal rate or an objective.
     """
     refusal, done = refusal_metric(study), finished(results)
     if refusal is None:
@@ -71,18 +69,17 @@ def answer(
     if not done:
         return ["No point has finished, so there is no answer yet.", *_unfinished(results)]
     objective_values(done, [refusal, *study.objectives])  # raises when a value is missing
-    lines = before_after(study, results, baselines, evidence) if lines is None else lines
+    of = family(study, results, baselines, evidence) if of is None else of
     paragraphs: list[str] = []
     comparisons: list[Comparison] = []
     models = sorted({result.point.model for result in done}, key=natural)
     by_model = {
         model: [result for result in done if result.point.model == model] for model in models
     }
-    moves = refusal_moves(done, baselines, refusal, evidence)
     for model, own in by_model.items():
         aligned = baselines.get(model, {}).get(refusal)
         plain = list(unprojected(own).values())
-        moved = moves[model]
+        moved = of.moves[model]
         paragraphs += [
             _fine_tuning(model, plain, refusal, aligned, moved.by_tuning),
             _projection(model, own, moved.by_projection, moved.projected),
@@ -93,13 +90,17 @@ def answer(
             names = [name for name in (usefulness_metric(study), refusal) if name is not None]
             found = {
                 line.name: line.changes["projection"]
-                for line in lines
+                for line in of.lines
                 if line.model == model and "projection" in line.changes
             }
             changes = {name: found[name] for name in names if picked.meets and name in found}
             paragraphs.append(_pick(study, model, own, refusal, picked, changes))
             comparisons += changes.values()
-    return [*paragraphs, *_unfinished(results), _caution(study, done, refusal, comparisons)]
+    return [
+        *paragraphs,
+        *_unfinished(results),
+        _caution(study, done, refusal, comparisons, of.size),
+    ]
 
 
 def _of_all(compared_count: int, count: int, what: str) -> str:
@@ -318,7 +319,11 @@ def _unfinished(results: Sequence[Result]) -> list[str]:
 
 
 def _caution(
-    study: Study, done: Sequence[Result], refusal: str, comparisons: Sequence[Comparison]
+    study: Study,
+    done: Sequence[Result],
+    refusal: str,
+    comparisons: Sequence[Comparison],
+    size: int,
 ) -> str:
     """Explains "higher" and "lower", and what the intervals do not cover."""
     metrics = [metric for result in done for metric in result.metrics.values()]
@@ -333,7 +338,7 @@ def _caution(
         else ""
     )
     sentences = [
-        meaning(comparisons),
+        meaning(comparisons, size),
         f"The intervals of rates are Wilson's{means}. They cover the sampling of prompts, "
         f"not of trainings{one_seed}.",
         *_between_seeds(study, [result.metrics[refusal] for result in done], refusal),
@@ -349,8 +354,10 @@ def _caution(
     return " ".join(sentences)
 
 
-def meaning(comparisons: Sequence[Comparison]) -> str:
-    """Explains how "higher" and "lower" were decided for these comparisons."""
+def meaning(comparisons: Sequence[Comparison], size: int | None = None) -> str:
+    """Explains how "higher" and "lower" were decided for these comparisons. `size` is the number of
+    tests of the family that they belong to, where that is the whole report.
+    """
     by_intervals = "mean that the 95% intervals do not overlap"
     tests = [comparison.paired for comparison in comparisons if comparison.paired is not None]
     if not tests:
@@ -364,11 +371,18 @@ def meaning(comparisons: Sequence[Comparison]) -> str:
         "Higher and lower, where paired, mean that the same prompts differ: the 95% "
         "bootstrap interval of the difference leaves"
         f" out 0, and {test} has p < {LEVEL:g}. This p-value is corrected by Benjamini and "
-        "Hochberg for the whole family: all models of"
-        " the same sentences or table. It does not allow for the choice of a picked point."
+        f"Hochberg for the whole family: {FAMILY.format(size) if size else TABLE}. It does not "
+        "allow for the choice of a picked point."
         + ("" if len(tests) == len(comparisons) else f" Elsewhere they {by_intervals}.")
         + about(comparisons)
     )
+
+
+TABLE = "all models of the same sentences or table"
+FAMILY = (
+    "all {} tests of this report, which are those of trainings, of defended points, of the table "
+    "before and after, and of defences against controls and each other"
+)
 
 
 def about(comparisons: Sequence[Comparison]) -> str:

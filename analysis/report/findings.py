@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from matplotlib.figure import Figure
 
 from ebbline.analysis.figures.attainment import attainment_figure
-from ebbline.analysis.figures.before_after import before_after_figure
+from ebbline.analysis.figures.before_after import before_after_caption, before_after_figure
 from ebbline.analysis.figures.defences import defences_caption, defences_figure, defences_words
 from ebbline.analysis.figures.frontier import frontier_caption, frontier_figure
 from ebbline.analysis.figures.importance import importance_figure
@@ -21,6 +21,7 @@ from ebbline.analysis.figures.words import (
 from ebbline.analysis.report.attempts import Attempts
 from ebbline.analysis.results.attainment import Attainment, attainments
 from ebbline.analysis.results.before_after import Line, before_after
+from ebbline.analysis.results.claims.family import Family, moves_of, one_family
 from ebbline.analysis.results.defended.beside import (
     Against,
     against_controls,
@@ -61,6 +62,7 @@ class Findings:
     controls: Sequence[ControlResult] = ()
     against: Sequence[Against] = ()  # each defence against its controls, and the other defences
     effects: ModuleEffects = field(default_factory=dict)
+    family: Family | None = None  # all comparisons; `lines` and `against` are parts of it
 
 
 @dataclass(frozen=True)
@@ -88,25 +90,14 @@ def findings(
     of controls, and `effects` what the defences did to each module at their operating points.
     """
     make = (attempts or Attempts()).make
-    return Findings(
-        study,
-        results,
-        baselines,
-        evidence,
-        (
-            make(
-                "the comparison before and after",
-                lambda: before_after(study, results, baselines, evidence),
-            )
-            or []
-        ),
-        (make("the attainment bands", lambda: attainments(results, study.objectives)) or {}),
-        (
-            make("the importance of the axes", importance or (lambda: importances(study, results)))
-            or {}
-        ),
-        picked,
-        controls,
+    compared = one_family(
+        make(
+            "the comparison before and after",
+            lambda: before_after(study, results, baselines, evidence),
+        )
+        or [],
+        make("the comparison of trainings", lambda: moves_of(study, results, baselines, evidence))
+        or {},
         make(
             "the comparison with controls",
             lambda: [
@@ -115,7 +106,23 @@ def findings(
             ],
         )
         or (),
+    )
+    return Findings(
+        study,
+        results,
+        baselines,
+        evidence,
+        compared.lines,
+        (make("the attainment bands", lambda: attainments(results, study.objectives)) or {}),
+        (
+            make("the importance of the axes", importance or (lambda: importances(study, results)))
+            or {}
+        ),
+        picked,
+        controls,
+        compared.against,
         effects,
+        compared,
     )
 
 
@@ -162,7 +169,7 @@ def pictures_of(found: Findings) -> dict[str, FigureToDraw]:
         "defences": FigureToDraw(
             lambda: defences_figure(results, found.controls, names),
             lambda: defences_words(results, found.controls, names),
-            lambda: defences_caption(found.controls),
+            lambda: defences_caption(found.controls, results),
         ),
         "attainment": FigureToDraw(
             lambda: attainment_figure(found.attained, study.objectives),
@@ -182,10 +189,7 @@ def pictures_of(found: Findings) -> dict[str, FigureToDraw]:
         "before-after": FigureToDraw(
             lambda: before_after_figure(found.lines),
             lambda: before_after_words(found.lines),
-            lambda: (
-                "Each size before fine-tuning, fine-tuned, and the same training projected, with "
-                "95% intervals. Direction is in each title."
-            ),
+            lambda: before_after_caption(found.lines),
         ),
         "importance": FigureToDraw(
             lambda: importance_figure(found.importance),

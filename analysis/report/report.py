@@ -35,12 +35,9 @@ from ebbline.analysis.report.page import (
 from ebbline.analysis.report.provenance import ProvenanceRow
 from ebbline.analysis.report.short_answer import BRACKETS, in_short
 from ebbline.analysis.report.verdict import NO_CONTROL, answer_cells, shown_effects, verdict
-from ebbline.analysis.results.before_after import before_after, before_after_cells, trios
+from ebbline.analysis.results.before_after import before_after_cells, trios
+from ebbline.analysis.results.claims.family import family
 from ebbline.analysis.results.controls.means import control_notes, names_controls
-from ebbline.analysis.results.defended.beside import (
-    against_controls,
-    against_defences,
-)
 from ebbline.analysis.results.defended.labels import CONTROLS_EXPLAINED
 from ebbline.analysis.results.defended.modules import effect_cells
 from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
@@ -151,10 +148,11 @@ def _parts(
     """Field of the page -> (name of the part, how it is made, what stands there if it fails)."""
     study, results, lines = found.study, found.results, found.lines
     before, evidence, nothing = found.baselines, found.evidence, pd.DataFrame()
+    moves = None if found.family is None else found.family.moves
     return {
         "short": (
             "the short answer",
-            lambda: in_short(study, results, before, lines, evidence),
+            lambda: in_short(study, results, before, lines, evidence, moves),
             ["The short answer could not be made."],
         ),
         "verdict": (
@@ -195,7 +193,7 @@ def _parts(
         ),
         "paragraphs": (
             "the answer",
-            lambda: list(map(_split, answer(study, results, before, evidence, lines))),
+            lambda: list(map(_split, answer(study, results, before, evidence, found.family))),
             [],
         ),
         "hypervolume": (
@@ -254,11 +252,8 @@ def summary(
     controls: Sequence[ControlResult] = (),
 ) -> dict[str, Any]:
     """The report's content as JSON values, for scripts."""
-    lines = before_after(study, results, baselines, evidence)
-    against = [
-        *against_controls(study, results, controls, evidence),
-        *against_defences(study, results, evidence),
-    ]
+    of = family(study, results, baselines, evidence, controls)
+    lines, against = of.lines, of.against
     return {
         "study": study.study,
         "objectives": list(study.objectives),
@@ -269,8 +264,9 @@ def summary(
         },
         "verdict": verdict(study, results, lines),
         "effects": dict(shown_effects(study, results, lines)),
-        "in_short": in_short(study, results, baselines, lines, evidence),
-        "answer": answer(study, results, baselines, evidence, lines),
+        "in_short": in_short(study, results, baselines, lines, evidence, of.moves),
+        "answer": answer(study, results, baselines, evidence, of),
+        "tests_in_family": of.size,
         "hypervolume": frontier_hypervolume(results, study.objectives),
         "points": {
             status: sum(result.status == status for result in results) for status in STATUSES

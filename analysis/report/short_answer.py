@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from ebbline.analysis.results.before_after import Line, Trio, trios
-from ebbline.analysis.results.claims.refusal_moves import refusal_moves
+from ebbline.analysis.results.claims.refusal_moves import RefusalMoves, refusal_moves
 from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.measurements import (
     NO_EVIDENCE,
@@ -39,10 +39,12 @@ def in_short(
     baselines: Baselines,
     lines: Sequence[Line],
     evidence: Evidence = NO_EVIDENCE,
+    moves: Mapping[str, RefusalMoves] | None = None,
 ) -> list[str]:
     """Two sentences, or one with the reason why there is no answer.
 
-    `lines` is the result of ebbline.analysis.results.before_after.
+    `lines` and `moves` are those of the report's family (ebbline.analysis.results.claims.family);
+    `moves` are computed if not given.
     """
     refusal, done = refusal_metric(study), finished(results)
     if refusal is None:
@@ -53,21 +55,24 @@ def in_short(
     useful = usefulness_metric(study)
     usefulness = {line.model: line for line in lines if line.name == useful}
     return [
-        _fine_tuning(done, baselines, refusal, refusals, evidence),
+        _fine_tuning(
+            baselines,
+            refusal,
+            refusals,
+            refusal_moves(done, baselines, refusal, evidence) if moves is None else moves,
+        ),
         _projection(study, done, trios(study, results), refusals, usefulness),
     ]
 
 
 def _fine_tuning(
-    done: Sequence[Result],
     baselines: Baselines,
     refusal: str,
     lines: Mapping[str, Line],
-    evidence: Evidence,
+    moves: Mapping[str, RefusalMoves],
 ) -> str:
-    moves = refusal_moves(done, baselines, refusal, evidence).values()
-    comparisons = [change for each in moves for change in each.by_tuning]
-    trainings = sum(each.trainings for each in moves)
+    comparisons = [change for each in moves.values() for change in each.by_tuning]
+    trainings = sum(each.trainings for each in moves.values())
     if not comparisons:
         measured = any(refusal in metrics for metrics in baselines.values())
         reason = (

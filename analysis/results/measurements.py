@@ -100,7 +100,8 @@ class Comparison:
     """Two metrics and the verdict on the second; `paired` is None where the intervals decided.
 
     `between` is the difference over training seeds; None where too few seeds support a verdict
-    about the setting.
+    about the setting. `p_value` is the larger one of the tests over prompts and over seeds, before
+    any correction; None where there was no test.
     """
 
     before: Metric
@@ -108,6 +109,7 @@ class Comparison:
     move: Move
     paired: Paired | None = None
     between: BetweenSeeds | None = None
+    p_value: float | None = None
 
     @property
     def difference(self) -> float:
@@ -202,14 +204,22 @@ def compared(pairs: Sequence[tuple[Measurement, Measurement]]) -> list[Compariso
         for both in zip(tests, between, strict=True)
     ]
     p_values = iter(corrected([p_value for p_value in largest if p_value is not None]))
-    found = []
-    for (before, after), test, seeds, p_value in zip(pairs, tests, between, largest, strict=True):
-        one = Comparison(before.metric, after.metric, "not distinguishable", test, seeds)
-        if p_value is not None and next(p_values) >= LEVEL:
-            found.append(one)
-        else:
-            found.append(replace(one, move=_move_of(one)))
-    return found
+    return [
+        judged(
+            Comparison(before.metric, after.metric, "not distinguishable", test, seeds, p_value),
+            None if p_value is None else next(p_values),
+        )
+        for (before, after), test, seeds, p_value in zip(
+            pairs, tests, between, largest, strict=True
+        )
+    ]
+
+
+def judged(found: Comparison, corrected_p: float | None) -> Comparison:
+    """The comparison with its verdict, by its interval and its corrected p-value."""
+    if corrected_p is not None and corrected_p >= LEVEL:
+        return replace(found, move="not distinguishable")
+    return replace(found, move=_move_of(found))
 
 
 def over_seeds(before: Measurement, after: Measurement, test: Paired | None) -> BetweenSeeds | None:

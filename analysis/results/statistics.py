@@ -226,9 +226,9 @@ def _interval_of(net: bytes, dtype: str, seeds: int) -> tuple[float, float]:
 def corrected(p_values: Sequence[float]) -> list[float]:
     """Adjusted p-values over comparisons that are reported together (Benjamini and Hochberg 1995).
 
-    They control the false discovery rate, because a sentence such as "higher at 9 of 12 points"
-    counts discoveries. At most 5% of the points that it calls higher or lower are expected to be
-    neither.
+    A report's comparisons are one family (ebbline.analysis.results.claims.family). The correction
+    controls the false discovery rate, because a sentence such as "higher at 9 of 12 points" counts
+    discoveries. At most 5% of the points that it calls higher or lower are expected to be neither.
     """
     return [float(p) for p in false_discovery_control(p_values, method="bh")] if p_values else []
 

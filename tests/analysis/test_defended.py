@@ -310,7 +310,7 @@ def test_comparisons_that_are_reported_together_are_corrected_together(made):
     assert found.move == "higher" and found.p_value is not None
     weak = replace(found, p_value=0.03)
     fair = together_corrected([weak, None, *[replace(found, p_value=0.9)] * 4])
-    assert fair[0].p_value == pytest.approx(0.15) and fair[0].move == "not distinguishable"
+    assert fair[0].corrected_p == pytest.approx(0.15) and fair[0].move == "not distinguishable"
 
 
 def test_what_scaling_explains_is_that_of_the_definition():

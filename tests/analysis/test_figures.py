@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -9,10 +10,15 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ebbline.analysis.figures.before_after import before_after_caption, before_after_figure
+from ebbline.analysis.figures.defences import defences_caption
 from ebbline.analysis.figures.drawing import (
     MOST_LOOKS,
+    SEEDS,
+    SEEDS_NOTE,
     Page,
     error_bar,
     looks,
@@ -23,6 +29,7 @@ from ebbline.analysis.figures.drawing import (
 from ebbline.analysis.figures.frontier import RING, frontier_caption, frontier_figure
 from ebbline.analysis.figures.knob import threshold_caption, threshold_figure
 from ebbline.analysis.figures.words import frontier_words
+from ebbline.analysis.results.before_after import Line
 from ebbline.analysis.results.measurements import Baselines
 from ebbline.sweeps.study.points import Point, Result
 from ebbline.tasks.measuring.metrics import Metric
@@ -265,3 +272,54 @@ def test_one_column_has_a_row_for_each_model_and_a_column_for_each_metric(
     assert [markers(axes) for axes in column.axes] == [
         markers(whole.axes[index]) for index in (0, 2, 1, 3)
     ]
+
+
+def with_seeds(found: Result) -> Result:
+    """The result with three seeds, whose values are 10 points apart."""
+    metrics = {
+        name: Metric(
+            metric.name,
+            metric.successes,
+            metric.n,
+            seeds=(metric.value - 0.1, metric.value, metric.value + 0.1),
+        )
+        for name, metric in found.metrics.items()
+    }
+    return replace(found, metrics=metrics)
+
+
+def seed_marks(figure: Figure) -> list[tuple[float, float]]:
+    """(x, y) of every training seed drawn."""
+    return [
+        (round(float(x), 6), round(float(y), 6))
+        for axes in figure.axes
+        for line in axes.lines
+        if line.get_marker() == "o" and line.get_markersize() < 2.4 and not line.get_rasterized()
+        for x, y in np.asarray(line.get_xydata(), dtype=np.float64)
+    ]
+
+
+def signs(figure: Figure) -> list[str]:
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def test_every_figure_shows_the_value_of_each_seed_beside_the_interval() -> None:
+    few = [result(0, refusal=0.3, task=0.6), result(1, refusal=0.8, share=0.5, threshold=0.5)]
+    seeds = [with_seeds(found) for found in few]
+    lines = [Line("small", REFUSAL, {"tuned": seeds[0].metrics[REFUSAL]}, {})]
+    thresholds = threshold_figure(seeds, OBJECTIVES)
+    before_after = before_after_figure(lines)
+    assert thresholds is not None and before_after is not None
+    drawn = {
+        "frontier": (frontier_figure(seeds, OBJECTIVES), frontier_caption(seeds), 6),
+        "thresholds": (thresholds, threshold_caption(seeds), 12),
+        "before and after": (before_after, before_after_caption(lines), 3),
+    }
+    for figure, caption, count in drawn.values():
+        assert len(seed_marks(figure)) == count
+        assert SEEDS in signs(figure) and SEEDS_NOTE in caption
+    assert {(0.2, 0.5), (0.3, 0.6), (0.4, 0.7)} < set(seed_marks(drawn["frontier"][0]))
+    assert SEEDS_NOTE in defences_caption([], seeds)
+    plain = frontier_figure(few, OBJECTIVES)
+    assert not seed_marks(plain) and SEEDS not in signs(plain)
+    assert SEEDS_NOTE not in frontier_caption(few) and SEEDS_NOTE not in defences_caption([], few)

@@ -42,7 +42,7 @@ class Advantage:
     the wider end of it and of the t interval over seeds; None where samples are missing. `adapters`
     is the number of each set's adapters over all trainings and seeds. `by_draw` has the difference
     to each draw of a random control, or the one difference. `p_value` is the larger of both tests,
-    two-sided; `corrected` does so for the comparisons that are reported together.
+    two-sided; `corrected_p` is it after the correction for the comparisons reported together.
     """
 
     difference: float
@@ -53,11 +53,13 @@ class Advantage:
     by_draw: tuple[float, ...]
     p_value: float | None = None
     between: BetweenSeeds | None = None
+    corrected_p: float | None = None
 
     @property
     def move(self) -> Move:
         """Whether the first set keeps more; a value without an interval shows nothing."""
-        if self.interval is None or (self.p_value is not None and self.p_value >= LEVEL):
+        p_value = self.p_value if self.corrected_p is None else self.corrected_p
+        if self.interval is None or (p_value is not None and p_value >= LEVEL):
             return "not distinguishable"
         low, high = self.interval
         return "higher" if low > 0 else "lower" if high < 0 else "not distinguishable"
@@ -73,7 +75,7 @@ def together_corrected(found: Sequence[Advantage | None]) -> list[Advantage | No
     known = [each.p_value for each in found if each is not None and each.p_value is not None]
     values = iter(corrected(known))
     return [
-        each if each is None or each.p_value is None else replace(each, p_value=next(values))
+        each if each is None or each.p_value is None else replace(each, corrected_p=next(values))
         for each in found
     ]
 
