@@ -22,6 +22,7 @@ from ebbline.cluster.schedule.costs import Cost, total
 from ebbline.sweeps.forecast.prediction import Prediction
 from ebbline.sweeps.state.jobs import read_jobs
 from ebbline.sweeps.state.spending import Spent
+from ebbline.sweeps.state.stopping import noise, shrinkage
 from ebbline.sweeps.study.points import Result
 from ebbline.tasks.measuring.metrics import direction
 
@@ -237,7 +238,9 @@ def cost_columns(results: Sequence[Result], profile: Profile) -> dict[str, list[
 class GrowthStep:
     """The state of a study after `finished` points, the last of which is point `number`.
 
-    `hours` are the hours in which jobs ran, summed over the runs.
+    `hours` are the hours in which jobs ran, summed over the runs. A frontier of noisy values grows
+    for ever, so growth is read from `corrected`: the hypervolume of the values of these points,
+    taken towards their mean as `search.stop` does (ebbline.sweeps.state.stopping).
     """
 
     finished: int
@@ -245,6 +248,7 @@ class GrowthStep:
     hours: float
     cost: Cost
     hypervolume: float
+    corrected: float
 
 
 def growth(
@@ -267,6 +271,9 @@ def growth(
     ]
     ways = [direction(name) for name in objectives]
     best_NM, volume = np.empty((0, len(ways))), 0.0
+    in_order = [r for _, r in sorted(completed, key=lambda each: (each[0][0], each[1].number))]
+    values_NM = objective_values(in_order, objectives)
+    errors_NM = np.array([[noise(r.metrics[name]) for name in objectives] for r in in_order])
     for count, ((hours, cost), result) in enumerate(
         sorted(completed, key=lambda each: (each[0][0], each[1].number)), 1
     ):
@@ -274,7 +281,10 @@ def growth(
         on_front = front(rows_NM, ways)
         best_NM = rows_NM[on_front]
         volume = hypervolume(best_NM, ways) if on_front[-1] else volume
-        yield GrowthStep(count, result.number, hours, cost, volume)
+        # Taking values towards a mean keeps their order, so the front stays the same points.
+        mean_M, kept_M = shrinkage(values_NM[:count], errors_NM[:count])
+        corrected = hypervolume(mean_M + kept_M * (best_NM - mean_M), ways)
+        yield GrowthStep(count, result.number, hours, cost, volume, corrected)
 
 
 def _hours(end: tuple[float, Cost]) -> float:

@@ -262,7 +262,7 @@ class Mirror:
             }
             if usd is not None:
                 over["usd"] = usd
-            volumes = {f"hypervolume/over_{name}": each.hypervolume for name in over}
+            volumes = {f"hypervolume/over_{name}": each.corrected for name in over}
             row = {"hypervolume": each.hypervolume, **over, **volumes}
             if each is grown[-1] and self._status.get("status/at_work"):
                 row |= self._status  # of now: nobody knows it for earlier points

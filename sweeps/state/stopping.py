@@ -5,13 +5,14 @@ machine.
 
 The best of many noisy points looks better than it is, so a frontier of the values would grow for
 ever. The rule therefore takes each value towards the mean of all points, by the share of their
-variance that the sampling of prompts explains (James and Stein 1961). Points that differ by no more
-than that share one place, and further ones add nothing.
+variance that the sampling of prompts and the spread between training seeds explain (James and Stein
+1961). Points that differ by no more than that share one place, and further ones add nothing.
 
 Arrays: `values_NM` and `errors_NM` have N points and M objectives: their values, all maximised, and
 their standard errors.
 """
 
+import math
 from bisect import bisect_right
 
 import numpy as np
@@ -26,6 +27,7 @@ from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.identity import digest
+from ebbline.tasks.measuring.metrics import Metric
 
 
 class Gains:
@@ -97,7 +99,7 @@ class Gains:
     def _up(self, result: Result, name: str) -> tuple[float, float]:
         metric = result.metrics[name]
         value = metric.value if metric.direction == "maximise" else 1.0 - metric.value
-        return value, metric.stderr
+        return value, noise(metric)
 
     def _hypervolume(self, count: int) -> float:
         """The hypervolume of the first `count` results, with values as `shrunken` gives them."""
@@ -107,19 +109,37 @@ class Gains:
         return hypervolume(shrunken(found[..., 0], found[..., 1])[: sum(done[:count])])
 
 
+def noise(metric: Metric) -> float:
+    """The standard error of a point's value: that of its prompts, and of the mean over its training
+    seeds where it has several.
+    """
+    spread = metric.between_seeds
+    return math.hypot(metric.stderr, 0.0 if spread is None else spread / len(metric.seeds) ** 0.5)
+
+
 def shrunken(values_NM: NDArray[np.float64], errors_NM: NDArray[np.float64]) -> NDArray[np.float64]:
     """The values, each taken towards its objective's mean by the share of the variance that the
     errors explain.
     """
+    mean_M, kept_M = shrinkage(values_NM, errors_NM)
+    found: NDArray[np.float64] = mean_M + kept_M * (values_NM - mean_M)
+    return found
+
+
+def shrinkage(
+    values_NM: NDArray[np.float64], errors_NM: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(mean, kept share of the distance to it) of each objective, both (M,). A single point is kept
+    whole.
+    """
     if len(values_NM) < 2:
-        return values_NM
+        return np.zeros(values_NM.shape[1]), np.ones(values_NM.shape[1])
     mean_M, variance_M = values_NM.mean(axis=0), values_NM.var(axis=0, ddof=1)
     noise_M = (errors_NM**2).mean(axis=0)
     kept_M = np.where(
         variance_M > noise_M, 1 - noise_M / np.where(variance_M > 0, variance_M, 1), 0.0
     )
-    found: NDArray[np.float64] = mean_M + kept_M * (values_NM - mean_M)
-    return found
+    return mean_M, kept_M
 
 
 def still_met(study: Study, before: Stopped | None) -> Stopped | None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -233,3 +234,18 @@ def test_a_dominated_point_adds_no_volume_and_a_new_frontier_point_adds_its_part
 def test_a_point_from_the_store_completes_at_zero_hours_and_costs_nothing(tmp_path: Path) -> None:
     (found,) = growth([measured(0)], [REFUSAL, TASK], tmp_path)
     assert (found.hours, found.cost.gpu_hours) == (0.0, 0.0)
+
+
+def test_growth_is_corrected_for_noise_as_the_stopping_rule_is(tmp_path: Path) -> None:
+    """Points whose true hypervolume is 0.36: the frontier of their values goes on to grow past it,
+    the corrected one does not.
+    """
+    rng = np.random.default_rng(0)
+    rates = rng.binomial(200, 0.6, size=(80, 2)) / 200
+    results = [
+        measured(number, refusal=float(refusal), task=float(task))
+        for number, (refusal, task) in enumerate(rates)
+    ]
+    grown = list(growth(results, [REFUSAL, TASK], tmp_path))
+    assert 0.44 < grown[39].hypervolume < grown[-1].hypervolume
+    assert [grown[at].corrected for at in (39, -1)] == pytest.approx([0.36, 0.36], abs=0.02)

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from ebbline.analysis.report.attempts import Attempts
+from ebbline.analysis.results.costs import growth
 from ebbline.analysis.results.wording import HOST
 from ebbline.analysis.wandb.memory import Memory
 from ebbline.analysis.wandb.mirror import alone, follow, start, stop, trainings_of
@@ -30,7 +31,7 @@ from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.identity import digest
-from tests.analysis.conftest import failed, result
+from tests.analysis.conftest import REFUSAL, TASK, failed, result
 from tests.wandb_server import serving
 
 pytestmark = pytest.mark.usefixtures("no_wandb_login")
@@ -236,8 +237,11 @@ def test_the_study_run_has_its_frontier_points_and_growth_of_the_hypervolume(
     assert [row["finished"] for row in grown] == [1, 2, 3]
     assert [row["hours"] for row in grown] == pytest.approx([1.0, 2.0, 2.5])
     assert [row["gpu_hours"] for row in grown] == pytest.approx([1.0, 2.0, 3.0])
-    assert [row["hypervolume/over_usd"] for row in grown] == pytest.approx(
+    assert [row["hypervolume"] for row in grown] == pytest.approx(
         [0.4 * 0.5, 0.4 * 0.5, 0.4 * 0.5 + 0.3 * 0.1]
+    )
+    assert [row["hypervolume/over_usd"] for row in grown] == pytest.approx(
+        [each.corrected for each in growth(results, [REFUSAL, TASK], tmp_path)]
     )
     steps = {
         record["metric"]["name"]: record["metric"].get("step_metric")

@@ -1,5 +1,7 @@
 """The rule `search.stop`: what it counts, when it is met, and that it stays met."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -84,6 +86,27 @@ def test_noise_alone_does_not_keep_a_study_going(tmp_path):
     seen = [[each.metrics[name].value for name in each.metrics] for each in results]
     then, now = (hypervolume(np.array(seen[:count])) for count in (60, 120))
     assert now > 1.02 * then, "the frontier of the same numbers grew by more than the rule asks for"
+
+
+def test_the_spread_between_seeds_alone_does_not_keep_a_study_going(tmp_path):
+    """As above, with so many prompts that only the training seeds vary, by 20 points."""
+    rng = np.random.default_rng(0)
+    results = []
+    for number in range(120):
+        found = result(number, 0, 0, {})
+        rates = np.clip(rng.normal(0.5, 0.2, size=(2, 3)), 0, 1)
+        metrics = {
+            name: Metric(metric.name, float(own.sum()) * 1e5, 300_000, seeds=tuple(own.tolist()))
+            for (name, metric), own in zip(found.metrics.items(), rates, strict=True)
+        }
+        results.append(replace(found, metrics=metrics))
+    assert met_after_each(gains(tmp_path, {"gain": 0.02, "per_points": 60}), results)[-1]
+    alone = [replace(each, metrics=without_seeds(each.metrics)) for each in results]
+    assert not met_after_each(gains(tmp_path, {"gain": 0.02, "per_points": 60}), alone)[-1]
+
+
+def without_seeds(metrics):
+    return {name: replace(metric, seeds=()) for name, metric in metrics.items()}
 
 
 @pytest.mark.parametrize(
