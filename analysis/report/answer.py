@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from ebbline.analysis.results.before_after import Line
 from ebbline.analysis.results.claims.between_seeds import FEWEST_SEEDS, crossed_spreads
 from ebbline.analysis.results.claims.family import Family, family
 from ebbline.analysis.results.frontier import finished, objective_values
@@ -28,6 +29,7 @@ from ebbline.analysis.results.measurements import (
 )
 from ebbline.analysis.results.picks.confirmed import confirmed_words
 from ebbline.analysis.results.picks.floors import Pick, Standing
+from ebbline.analysis.results.picks.picked import FEW_ITEMS, Gain
 from ebbline.analysis.results.tables import in_points
 from ebbline.analysis.results.wording import (
     NO_RESULT,
@@ -95,6 +97,7 @@ def answer(
             }
             changes = {name: found[name] for name in names if picked.meets and name in found}
             paragraphs.append(_pick(study, model, own, refusal, picked, changes))
+            paragraphs[-1] += _no_gain(study, model, of.lines) if picked.meets else ""
             comparisons += changes.values()
     return [
         *paragraphs,
@@ -238,6 +241,18 @@ def _pick(
     return text + _without_projection(study, own, refusal)
 
 
+def _no_gain(study: Study, model: str, lines: Sequence[Line]) -> str:
+    """A sentence on an operating point that is not measurably more useful than the model before
+    fine-tuning; empty where it is, and where that is not known.
+    """
+    useful = usefulness_metric(study)
+    for line in lines:
+        if line.model == model and line.name == useful and "both" in line.changes:
+            gain = Gain(useful, line.changes["both"])
+            return "" if gain.is_one else f" It is {gain}."
+    return ""
+
+
 def _confirmation(picked: Pick, refusal: str) -> str:
     """Sentences on what the claim rests on: the search alone, or the confirmed numbers."""
     confirmed = confirmed_words(picked.result, refusal)
@@ -343,7 +358,7 @@ def _caution(
         f"not of trainings{one_seed}.",
         *_between_seeds(study, [result.metrics[refusal] for result in done], refusal),
         "A point picked as the best of many looks better than it is.",
-        *filter(None, [size_confound(study, done)]),
+        *filter(None, [size_confound(study, done), _few_items(done)]),
     ]
     undecided = max(metric.undecided / metric.n for metric in metrics)
     if undecided > 0:
@@ -352,6 +367,18 @@ def _caution(
             "count against the point, in its rates and in every bound and comparison."
         )
     return " ".join(sentences)
+
+
+def _few_items(done: Sequence[Result]) -> str:
+    """Names the metrics that rest on too few prompts for a claim."""
+    fewest: dict[str, float] = {}
+    for result in done:
+        for name, metric in result.metrics.items():
+            fewest[name] = min(metric.items, fewest.get(name, metric.items))
+    few = [f"{metric_label(name)} ({n:.0f})" for name, n in fewest.items() if n < FEW_ITEMS]
+    if not few:
+        return ""
+    return f"Too few prompts for a claim, under {FEW_ITEMS}: {', '.join(few)}."
 
 
 def meaning(comparisons: Sequence[Comparison], size: int | None = None) -> str:

@@ -307,3 +307,28 @@ def test_several_paired_points_report_the_range_of_their_differences(study: Stud
     assert "at all 2 points (1 of 2 paired, difference +10.0 points)." in answer_text(
         study, rows, evidence=held
     )
+
+
+def test_an_operating_point_without_a_gain_over_not_fine_tuning_is_called_that(
+    study: Study,
+) -> None:
+    def said(before: float) -> str:
+        rows = [
+            result(0, refusal=0.3, task=0.8),
+            result(1, refusal=0.97, task=0.4, share=0.5, threshold=0.5),
+        ]
+        aligned = {"small": {REFUSAL: rate(REFUSAL, 0.98), TASK: rate(TASK, before)}}
+        return answer_text(study, rows, aligned)
+
+    assert "It is no gain over not fine-tuning: before it, the model's task accuracy" in said(0.4)
+    assert "It is worse than not fine-tuning" in said(0.7)
+    assert "than not fine-tuning" not in said(0.1) and "no gain" not in said(0.1)
+
+
+def test_a_metric_over_too_few_prompts_says_so(study: Study) -> None:
+    row = result(0)
+    few = replace(row, metrics={**row.metrics, TASK: rate(TASK, 0.5, n=4)})
+    assert "Too few prompts for a claim, under 10: task accuracy (4)." in answer_text(
+        study, [few], {}
+    )
+    assert "Too few prompts" not in answer_text(study, [row], {})
