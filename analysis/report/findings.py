@@ -183,7 +183,7 @@ def pictures_of(found: Findings) -> dict[str, FigureToDraw]:
             lambda: before_after_figure(found.lines),
             lambda: before_after_words(found.lines),
             lambda: (
-                "Each size before fine-tuning, fine-tuned, and the same training projected, with "
+                "Each size before fine-tuning, fine-tuned, and the same training defended, with "
                 "95% intervals. Direction is in each title."
             ),
         ),
