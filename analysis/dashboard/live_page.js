@@ -85,7 +85,7 @@ function marks(rows, model, look) {
     type: "scatter", mode: "markers", x: two ? ofX.map(([value]) => value) : rows.map((row) => row.number), y: ofY.map(([value]) => value),
     ...(look.bars ? { error_y: errorBars(ofY, colour), ...(two ? { error_x: errorBars(ofX, colour) } : {}) } : {}),
     marker: {
-      symbol: rows.map((row) => symbolOf(model) + (row.projected ? "" : "-open")), size: look.size, color: colour, opacity: look.opacity,
+      symbol: rows.map((row) => symbolOf(model) + (row.defended ? "" : "-open")), size: look.size, color: colour, opacity: look.opacity,
       line: { color: colour, width: 1.5 },
     },
     customdata: rows.map((row) => row.number), text: rows.map((row) => hoverOf(row, look.same[row.number] || [])), hovertemplate: "%{text}<extra></extra>", name: model, legendgroup: model, showlegend: false,
@@ -130,7 +130,7 @@ function drawFrontier() {
   const xaxis = two ? { title: { text: label(first.label) }, tickformat: ".1~%" } : { title: { text: "point" } };
   Plotly.react("frontier", traces, layout({ xaxis, yaxis: { title: { text: label(last.label) }, tickformat: ".1~%" }, hovermode: "closest" }), CONFIG);
   at("frontier").setAttribute("aria-label", rows.length ? `Scatter plot of ${rows.length} points: ${last.label}, against ${two ? first.label : "the point's number"}. The table below has its frontier.` : noPoint());
-  const notes = ["Large marks: not dominated by any other point of the model. Filled: projected; hollow: not projected. Bars: 95% intervals. Stars: before fine-tuning."];
+  const notes = ["Large marks: not dominated by any other point of the model. Filled: defended; hollow: not defended. Bars: 95% intervals. Stars: before fine-tuning."];
   if (picked.length) notes.push(`Ring: picked with ebbline pick (${picked.map((row) => `point ${row.number}`).join(", ")}).`);
   if (!bars) notes.push(`With more than ${BARS_UP_TO} points only the frontier has bars.`);
   if (all.length > rows.length) notes.push(`${all.length - rows.length} more points are not drawn, because their adapters are the same as another point's.`);
@@ -163,7 +163,7 @@ async function choose(number) {
   if (!answer.ok || chosen !== number) return;
   const row = await answer.json();
   const rows = [["model", row.model], ["settings", row.settings], ["state", row.status + (row.same_as === null ? "" : `; its adapters are the same as those of point ${row.same_as}`)], ["seeds", row.seeds.join(", ")], ["cost alone", row.cost]];
-  if (row.projected_share !== null) rows.push(["projected", `${percent(row.projected_share)} of modules`]);
+  if (row.projected_share !== null) rows.push(["changed", `${percent(row.projected_share)} of modules`]);
   for (const [name, metric] of Object.entries(row.all_metrics)) rows.push([name, interval(metric)]);
   const facts = element("table", element("tbody", rows.map(([name, value]) => element("tr", [element("th", name, { scope: "row" }), element("td", value)]))));
   if (row.reason) rows.push(["reason", row.reason]);

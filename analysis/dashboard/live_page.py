@@ -28,7 +28,7 @@ from ebbline.analysis.results.frontier import (
     frontier_by_model,
     frontier_hypervolume,
 )
-from ebbline.analysis.results.measurements import is_projected
+from ebbline.analysis.results.measurements import is_defended
 from ebbline.analysis.results.picks.choices import chosen
 from ebbline.analysis.results.wording import (
     NO_RESULT,
@@ -311,7 +311,7 @@ class LivePage:
             "settings": settings_label(result.point),
             "status": status_label(result.status),
             "same_as": result.same_as,
-            "projected": is_projected(result),
+            "defended": is_defended(result),
             "seeds": [str(seed) for seed in self.study.seeds[:seeds]],
             "metrics": {
                 name: _metric(result.metrics[name])

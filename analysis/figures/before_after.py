@@ -72,7 +72,7 @@ def before_after_figure(lines: Sequence[Line]) -> Figure | None:
 def before_after_caption(lines: Sequence[Line]) -> str:
     seeds = have_seeds(metric for line in lines for metric in line.states.values())
     return (
-        "Each size before fine-tuning, fine-tuned, and the same training projected, with 95% "
+        "Each size before fine-tuning, fine-tuned, and the same training defended, with 95% "
         f"intervals. Direction is in each title.{f' {SEEDS_NOTE}' if seeds else ''}"
     )
 

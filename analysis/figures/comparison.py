@@ -66,7 +66,7 @@ def comparison_figure(sides: Sequence[Side], objectives: Sequence[str]) -> Figur
             Line2D(
                 [], [], color="0.35", marker="o", linestyle="", markerfacecolor=face, label=label
             )
-            for label, face in (("projected", "0.35"), ("not projected", "white"))
+            for label, face in (("defended", "0.35"), ("not defended", "white"))
         ]
         figure.legend(handles=[*lines, *signs], loc="outside lower center", ncols=2)
     return figure

@@ -1,6 +1,6 @@
 """The frontier as a figure: every measurement with its 95% Wilson interval.
 
-Invariants: a model has one colour and one marker. A filled mark is projected, a hollow one is not.
+Invariants: a model has one colour and one marker. A filled mark is defended, a hollow one is not.
 A ring is round the point that `ebbline pick` chose. No point is moved; points that overlap are
 transparent. Of more than MOST_INTERVALS points, those on a frontier and the picked ones have their
 intervals, and the others are dots.
@@ -29,7 +29,7 @@ from ebbline.analysis.figures.drawing import (
     style,
 )
 from ebbline.analysis.results.frontier import finished, frontier
-from ebbline.analysis.results.measurements import Baselines, is_projected
+from ebbline.analysis.results.measurements import Baselines, is_defended
 from ebbline.analysis.results.wording import directed_label
 from ebbline.sweeps.study.points import Result
 from ebbline.tasks.measuring.metrics import Metric, direction
@@ -102,10 +102,10 @@ def frontier_figure(
 def frontier_caption(results: Sequence[Result], picked: Sequence[Result] = ()) -> str:
     count = len(finished(results))
     intervals = (
-        "Every finished point with its 95% Wilson intervals. Filled: projected; hollow: not."
+        "Every finished point with its 95% Wilson intervals. Filled: defended; hollow: not."
         if count <= MOST_INTERVALS
         else f"Every finished point. With {count} of them, the points of the frontiers have their "
-        "95% Wilson intervals (filled: projected; hollow: not), and the others are dots; "
+        "95% Wilson intervals (filled: defended; hollow: not), and the others are dots; "
         "results.csv has all intervals."
     )
     shown = have_seeds(metric for r in finished(results) for metric in r.metrics.values())
@@ -148,8 +148,8 @@ def _points(
     if plain:
         dots(axes, *places(plain), colour, marks, zorder=1.5)
     left_out = {result.number for result in plain}
-    for projected in (False, True):
-        group = [r for r in own if is_projected(r) is projected and r.number not in left_out]
+    for defended in (False, True):
+        group = [r for r in own if is_defended(r) is defended and r.number not in left_out]
         if group:
             seed_dots(axes, [_place(result, drawn) for result in group], colour, marks)
             axes.errorbar(
@@ -160,7 +160,7 @@ def _points(
                 color=colour,
                 marker=marker,
                 markersize=5.5 * marks,
-                markerfacecolor=colour if projected else "white",
+                markerfacecolor=colour if defended else "white",
                 elinewidth=0.7 * marks,
                 alpha=0.65,
                 zorder=3,

@@ -32,7 +32,7 @@ from ebbline.analysis.figures.drawing import (
     style,
 )
 from ebbline.analysis.results.frontier import finished
-from ebbline.analysis.results.measurements import Baselines, is_projected
+from ebbline.analysis.results.measurements import Baselines, is_defended
 from ebbline.analysis.results.wording import axis_label, directed_label, natural, value_label
 from ebbline.sweeps.study.points import Result, defence_of
 from ebbline.tasks.defences.defence import Defence
@@ -206,8 +206,8 @@ def _line(
         color=colour,
         linewidth=1.1 * marks,
     )
-    for projected in (False, True):
-        group = [result for result in own if is_projected(result) is projected]
+    for defended in (False, True):
+        group = [result for result in own if is_defended(result) is defended]
         metrics = [result.metrics[name] for result in group]
         if group:
             if intervals:
@@ -221,7 +221,7 @@ def _line(
                 color=colour,
                 marker=marker,
                 markersize=4.5 * marks,
-                markerfacecolor=colour if projected else "white",
+                markerfacecolor=colour if defended else "white",
                 elinewidth=0.7 * marks,
                 alpha=0.65,
             )
@@ -309,7 +309,7 @@ def _legend(appearance: dict[str, tuple[str, str]], page: Page) -> list[Line2D]:
         markersize=size,
         markerfacecolor="white",
         linestyle="",
-        label="hollow: not projected",
+        label="hollow: not defended",
     )
     return [*lines, hollow]
 

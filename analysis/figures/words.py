@@ -12,7 +12,7 @@ from ebbline.analysis.figures.knob import along_knob
 from ebbline.analysis.results.attainment import Array, Attainment
 from ebbline.analysis.results.before_after import Line
 from ebbline.analysis.results.frontier import finished, frontier_by_model
-from ebbline.analysis.results.measurements import Baselines, is_projected
+from ebbline.analysis.results.measurements import Baselines, is_defended
 from ebbline.analysis.results.wording import (
     directed_label,
     metric_label,
@@ -44,7 +44,7 @@ def frontier_words(
         own = [result for result in done if result.point.model == model]
         ends = sorted(front, key=lambda result: result.metrics[drawn[0]].value)
         text = (
-            f"{model}: {len(own)} points, {sum(map(is_projected, own))} projected; frontier of "
+            f"{model}: {len(own)} points, {sum(map(is_defended, own))} defended; frontier of "
             f"{len(front)}"
         )
         first, last = (_at(end.metrics, drawn) for end in (ends[0], ends[-1]))

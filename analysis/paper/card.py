@@ -129,7 +129,7 @@ def _what(
 ) -> str:
     defence = defence_of(result.point)
     if not alone.changed_share:
-        projected = "No module was projected: it held the floors without projection."
+        projected = "No module was changed: it held the floors without a defence."
     elif defence is SAFE_LORA:
         which = defence.which(study.knobs(defence, dict(result.point.values)))
         projected = (
@@ -152,8 +152,9 @@ def _what(
         if name is None
         else f"trained outside this study ({_brought(study, name)})"
     )
+    lox = "LoX (arXiv 2506.15606) of " if study.extrapolates(result.point.values) else ""
     return (
-        "A LoRA adapter for "
+        f"A LoRA adapter for {lox}"
         f"{model_origin(study.models[model].aligned, study.models[model].base)}, {how}. {projected}"
     )
 
@@ -286,11 +287,14 @@ def _sources(
     if size.base is not None:
         yield "base model", model_origin(size.base, None)
     if size.unaligned is not None:
-        yield "unaligned model, in the projection", model_origin(size.unaligned, size.aligned)
+        yield "unaligned model, in the defence", model_origin(size.unaligned, size.aligned)
     if name is None:
         yield "fine-tuning data", _data(study.data)
     else:
-        yield "adapter before the projection", _brought(study, name)
+        yield "adapter before the defence", _brought(study, name)
+    method = defence_of(point).method
+    if method is not None and method.reads_safety and size.safety is not None:
+        yield "safety adapter", located(size.safety.path or size.safety.hub, None)
     for suite, entry in study.suites.items():
         yield (
             f"prompts of {suite}",

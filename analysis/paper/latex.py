@@ -76,7 +76,7 @@ class TableLayout:
 class Condition:
     """A row of the before-after table.
 
-    `what` says whether the model is before fine-tuning, fine-tuned, or fine-tuned and projected.
+    `what` says whether the model is before fine-tuning, fine-tuned, or fine-tuned and defended.
     """
 
     model: str
@@ -128,7 +128,7 @@ def _inline(text: str) -> str:
 
 
 def frontier_table(study: Study, results: Sequence[Result], narrow: bool) -> str:
-    """Each model's frontier: varying axes, share of projected modules, and objectives."""
+    """Each model's frontier: varying axes, share of changed modules, and objectives."""
     layout = TableLayout.of(narrow, len(study.objectives))
     own = [
         result
@@ -206,7 +206,7 @@ def conditions(study: Study, results: Sequence[Result], baselines: Baselines) ->
 def before_after_table(
     study: Study, results: Sequence[Result], baselines: Baselines, narrow: bool
 ) -> str:
-    """Each model before and after fine-tuning and projection: one metric for each suite."""
+    """Each model before and after fine-tuning and its defence: one metric for each suite."""
     rows, names = conditions(study, results, baselines), headlines(study)
     layout = TableLayout.of(narrow, len(names))
     columns = {"model": [escaped(row.model) for row in rows], "": [row.what for row in rows]}
@@ -233,9 +233,9 @@ def _what_rows_are(study: Study, rows: Sequence[Condition]) -> str:
     states = {row.what for row in rows}
     if STATES["shipped"] in states:
         return (
-            " Projected: the most useful projected point whose rate meets the refusal floor of"
+            " Defended: the most useful defended point whose rate meets the refusal floor of"
             f" {escaped(f'{study.refusal_floor:.0%}')}, or the nearest to it; fine-tuned: "
-            "the same training with nothing projected,"
+            "the same training without a defence,"
             " if it was run. These points were picked on the same prompts that are shown here"
             + (
                 ', except in the rows "confirmed": those are on other prompts and training seeds.'
@@ -246,11 +246,11 @@ def _what_rows_are(study: Study, rows: Sequence[Condition]) -> str:
     if STATES["tuned"] not in states:
         return ""
     why = (
-        "No projected point was picked, as no refusal rate was measured"
+        "No defended point was picked, as no refusal rate was measured"
         if refusal_metric(study) is None
-        else "No point was projected"
+        else "No point was defended"
     )
-    return f" Fine-tuned: each model's first point with nothing projected. {why}."
+    return f" Fine-tuned: each model's first point without a defence. {why}."
 
 
 def before_after_frame(

@@ -8,7 +8,10 @@ ebbline.analysis.paper.citations has the entries.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from ebbline.analysis.paper.citations import EBBLINE, PAPERS, pin_key
+from ebbline.analysis.paper.citations import EBBLINE, PAPERS
+from ebbline.analysis.paper.defending import before_and_during, defending
+from ebbline.analysis.paper.origins import described
+from ebbline.analysis.paper.used_values import is_varied, listed, used_values
 from ebbline.analysis.report.answer import size_confound
 from ebbline.analysis.report.provenance import Provenance
 from ebbline.analysis.results.costs import cost_label, study_cost
@@ -18,7 +21,6 @@ from ebbline.analysis.results.picks.confirmed import confirmed_words
 from ebbline.analysis.results.wording import (
     NO_RESULT,
     metric_label,
-    natural,
     plain_markdown,
     status_label,
     value_label,
@@ -27,15 +29,13 @@ from ebbline.cluster.profile import Profile
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.state.spending import Spent
-from ebbline.sweeps.study.points import Result, defence_of
+from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.reading.overlaps import Shared
 from ebbline.sweeps.study.references import Data
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import MultipleChoiceSuite, TaskSuite, scorers_of
-from ebbline.tasks.defences.defence import Defence
-from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.measuring.metrics import direction
-from ebbline.tasks.specs import ProjectSpec, TrainSpec
+from ebbline.tasks.specs import TrainSpec
 
 _QUANTISED = {
     "nf4": "quantised to NF4 [@dettmers2023qlora]",
@@ -52,7 +52,6 @@ _SAMPLERS = {
     "stage_aware": "chosen by ebbline's stage-aware search, by expected gain in hypervolume for "
     "its cost",
 }
-_SHOWN = 10  # most values of an axis that are listed
 
 
 def methods(
@@ -75,7 +74,7 @@ def methods(
     parts = {
         "Models": _models(study, provenance),
         "Fine-tuning": _training(study, results, provenance),
-        "Projection": _projection(study, results),
+        "Defences": defending(study, results, provenance),
         "Measurement": _measurement(study, results, baselines, provenance),
         "Contamination": _contamination(shared),
         "Points": _points(study, results),
@@ -122,27 +121,12 @@ def _models(study: Study, provenance: Provenance) -> Iterator[str]:
             role for role in ("base", "aligned", "unaligned") if getattr(model, role) is not None
         ]
         references = [
-            f"{role} model: {_described(f'models.{name}.{role}', provenance)}" for role in roles
+            f"{role} model: {described(f'models.{name}.{role}', provenance)}" for role in roles
         ]
         yield (
             f"{name}: {'; '.join(references)}; {_QUANTISED[model.quantisation]}, computed in "
             f"{model.dtype}."
         )
-
-
-def _described(where: str, provenance: Provenance) -> str:
-    """Describes a model or data set of the study, by its origin here or by its pin."""
-    if where in provenance.generated:
-        return provenance.generated[where]
-    for pin in provenance.pins:
-        if pin.where.startswith(f"{where}."):
-            if pin.hub:
-                return (
-                    f"{pin.name} at commit "
-                    f"{pin.commit}{f', file {pin.file}' if pin.file else ''} [@{pin_key(pin)}]"
-                )
-            return f"{pin.name}, a local copy with the sha256 {pin.sha256}"
-    return "not recorded"
 
 
 def _training(study: Study, results: Sequence[Result], provenance: Provenance) -> Iterator[str]:
@@ -152,7 +136,7 @@ def _training(study: Study, results: Sequence[Result], provenance: Provenance) -
     for name in study.adapters:
         yield (
             f"The adapter {name} of {study.model_of(name)} was trained outside this study: "
-            f"{_described(f'adapters.{name}', provenance)}."
+            f"{described(f'adapters.{name}', provenance)}."
         )
     if any(each.kind == "train" and each.most_gpus > 1 for each in provenance.hardware):
         yield "Trainings on several GPUs at once used DeepSpeed with ZeRO-3 [@rajbhandari2020zero]."
@@ -168,26 +152,27 @@ def _fine_tuning(
     by_steps = [r for r in results if dict(r.point.values).get("train.steps") is not None]
     if by_steps and len(by_steps) < len(results) and train.steps is None:
         length = (
-            f"{_setting(results, 'train.epochs', train.epochs)} epochs, or for "
-            f"{_setting(by_steps, 'train.steps', None)} steps"
+            f"{used_values(results, 'train.epochs', train.epochs)} epochs, or for "
+            f"{used_values(by_steps, 'train.steps', None)} steps"
         )
-    elif train.steps is not None or _varies(results, "train.steps"):
-        length = f"{_setting(results, 'train.steps', train.steps)} steps"
+    elif train.steps is not None or is_varied(results, "train.steps"):
+        length = f"{used_values(results, 'train.steps', train.steps)} steps"
     else:
-        length = f"{_setting(results, 'train.epochs', train.epochs)} epochs"
+        length = f"{used_values(results, 'train.epochs', train.epochs)} epochs"
     yield (
         "Each aligned model was fine-tuned with LoRA adapters [@hu2021lora; @peft]"
-        f" of rank {_setting(results, 'train.rank', train.rank)} on {_listed(train.target_modules)}"
-        f" (alpha {_setting(results, 'train.alpha_over_rank', train.alpha_over_rank)} "
+        f" of rank {used_values(results, 'train.rank', train.rank)}"
+        f" on {listed(train.target_modules)}"
+        f" (alpha {used_values(results, 'train.alpha_over_rank', train.alpha_over_rank)} "
         "times the rank,"
-        f" dropout {_setting(results, 'train.dropout', train.dropout)})."
+        f" dropout {used_values(results, 'train.dropout', train.dropout)})."
         f" Training ran for {length}"
-        f" of {_setting(results, 'train.global_batch', train.global_batch)} conversations"
-        f" cut to {_setting(results, 'train.max_tokens', train.max_tokens)} tokens, with "
+        f" of {used_values(results, 'train.global_batch', train.global_batch)} conversations"
+        f" cut to {used_values(results, 'train.max_tokens', train.max_tokens)} tokens, with "
         "AdamW at a learning rate of"
-        f" {_setting(results, 'train.learning_rate', train.learning_rate)}."
+        f" {used_values(results, 'train.learning_rate', train.learning_rate)}."
         " The schedule is a linear warm-up over"
-        f" {_setting(results, 'train.warmup_share', train.warmup_share)} of the steps, "
+        f" {used_values(results, 'train.warmup_share', train.warmup_share)} of the steps, "
         "then a cosine decay to zero."
     )
     for name, model in study.models.items():
@@ -195,18 +180,19 @@ def _fine_tuning(
             settings = sorted(model.train.items())
             own = ", ".join(f"{field} {value_label(value)}" for field, value in settings)
             yield f"For {name} instead: {own}."
-    sizes = _setting(results, "data.size", data.settings.size)
+    yield from before_and_during(study, results)
+    sizes = used_values(results, "data.size", data.settings.size)
     if confound := size_confound(study, results):
         yield confound
     yield (
-        f"Each model was trained on {sizes} examples of {_described('data.pool', provenance)}; "
+        f"Each model was trained on {sizes} examples of {described('data.pool', provenance)}; "
         "a smaller set is a subset of a larger one with the same seed."
     )
     if data.mix is not None:
-        share = _setting(results, "data.mix_share", data.settings.mix_share)
+        share = used_values(results, "data.mix_share", data.settings.mix_share)
         yield (
             f"A share of {share} of them was replaced by examples of "
-            f"{_described('data.mix', provenance)}."
+            f"{described('data.mix', provenance)}."
         )
 
 
@@ -249,53 +235,6 @@ def _confirmation(study: Study, results: Sequence[Result]) -> Iterator[str]:
         yield f"Point {result.number}: {confirmed_words(result, refusal or '')}"
 
 
-def _projection(study: Study, results: Sequence[Result]) -> Iterator[str]:
-    if all(model.base is None and model.unaligned is None for model in study.models.values()):
-        yield "No adapter was changed after its training."
-        return
-    for defence in study.used_defences:
-        yield from _of_defence(study, defence, results)
-
-
-def _of_defence(study: Study, defence: Defence, every: Sequence[Result]) -> Iterator[str]:
-    results = [result for result in every if defence_of(result.point) is defence]
-    if defence is SAFE_LORA:
-        yield _projected(study, results)
-    knobs = study.knobs(defence, {})
-    used = {
-        axis: _setting(results, axis, value)
-        for axis, value in knobs.items()
-        if axis == defence.main_knob or value is not None or _varies(results, axis)
-    }
-    yield from defence.rules(used)
-
-
-def _projected(study: Study, results: Sequence[Result]) -> str:
-    project = ProjectSpec.model_validate(study.defence_specs(SAFE_LORA)[0])
-    projector = _setting(results, "project.projector", project.projector)
-    energy = (
-        f", holding {_setting(results, 'project.energy', project.energy)} of the energy"
-        if project.energy is not None
-        else ""
-    )
-    return (
-        "Adapters were projected after training as in Safe LoRA [@hsu2024safelora]"
-        f" with the {projector} projector{energy}, computed from the difference between "
-        f"the aligned model and {_subtracted(study)}."
-    )
-
-
-def _subtracted(study: Study) -> str:
-    others = [name for name, model in study.models.items() if model.unaligned is not None]
-    if not others:
-        return "the base"
-    return (
-        "its unaligned stand-in"
-        if len(others) == len(study.models)
-        else f"the base (for {_listed(others)} an unaligned stand-in)"
-    )
-
-
 def _measurement(
     study: Study, results: Sequence[Result], baselines: Baselines, provenance: Provenance
 ) -> Iterator[str]:
@@ -303,7 +242,7 @@ def _measurement(
     objectives = [
         f"{metric_label(name)} ({directions[direction(name)]})" for name in study.objectives
     ]
-    yield f"Objectives: {_listed(objectives)}."
+    yield f"Objectives: {listed(objectives)}."
     for suite, entry in study.suites.items():
         measure = entry.measure
         counts = sorted(
@@ -336,8 +275,8 @@ def _measurement(
         )
         scorers = [measure.scorer] if isinstance(measure, TaskSuite) else list(scorers_of(measure))
         kinds = [f"{scorer} (a judge)" if scorer in study.judges else scorer for scorer in scorers]
-        also = f"; in addition {_listed(kinds[1:])}" if kinds[1:] else ""
-        rates = _listed([name.replace("_", " ") for name in measure.metrics()])
+        also = f"; in addition {listed(kinds[1:])}" if kinds[1:] else ""
+        rates = listed([name.replace("_", " ") for name in measure.metrics()])
         yield (
             f"{suite}: {rates} on {asked_prompts}, of greedy completions of at most "
             f"{measure.max_new_tokens} tokens, one for each prompt, without sampling or penalties,"
@@ -363,7 +302,7 @@ def _measurement(
         what = (
             "an endpoint, whose answers may change"
             if where
-            else _described(f"judges.{name}.model", provenance)
+            else described(f"judges.{name}.model", provenance)
         )
         yield f"The judge {name}: {what}."
 
@@ -381,7 +320,7 @@ def _points(study: Study, results: Sequence[Result]) -> Iterator[str]:
         yield f"Without a result, and in no figure or table: {', '.join(without)}."
     same = sum(result.same_as is not None for result in results)
     if same:
-        yield f"{same} project the same modules as an earlier one and count once on the frontier."
+        yield f"{same} have the answers of an earlier one and count once on the frontier."
     yield (
         "A frontier holds the points that no other point dominates in the objectives, computed "
         "with moocore [@moocore]."
@@ -482,31 +421,3 @@ def _open(study: Study, provenance: Provenance) -> Iterator[str]:
         "The reasons for the fixed settings. Points picked as the best of many look "
         "better than they are."
     )
-
-
-def _varies(results: Sequence[Result], axis: str) -> bool:
-    return any(axis in dict(result.point.values) for result in results)
-
-
-def _setting(results: Sequence[Result], axis: str, otherwise: object) -> str:
-    """The values of an axis among the points, or the study's own value."""
-    values = {
-        dict(result.point.values)[axis] for result in results if axis in dict(result.point.values)
-    }
-    if not values:
-        return value_label(
-            otherwise
-            if otherwise is None or isinstance(otherwise, bool | int | float | str)
-            else str(otherwise)
-        )
-    ordered = sorted(
-        (value_label(value) for value in values),
-        key=lambda label: (label != "none", natural(label)),
-    )
-    if len(ordered) > _SHOWN:
-        return f"{len(ordered)} values from {ordered[0]} and {ordered[1]} to {ordered[-1]}"
-    return _listed(ordered, "or")
-
-
-def _listed(names: Sequence[str], last: str = "and") -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"

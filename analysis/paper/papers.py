@@ -11,12 +11,13 @@ from typing import Any, Final, Literal, TypeVar
 
 from ebbline.analysis.paper.card import model_origin
 from ebbline.analysis.paper.published import PUBLISHED, Published
+from ebbline.analysis.paper.used_values import value_of
 from ebbline.analysis.results.collect import SuitePrompts
 from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.measurements import (
     Baselines,
-    is_projected,
-    unprojected,
+    is_defended,
+    undefended,
     usefulness_metric,
 )
 from ebbline.analysis.results.picks.floors import Floor, pick
@@ -28,12 +29,13 @@ from ebbline.analysis.results.wording import (
     percent,
     value_label,
 )
-from ebbline.sweeps.study.points import Result, Value, brought, defence_of
+from ebbline.sweeps.study.points import Result, brought, defence_of
 from ebbline.sweeps.study.study import Model, Study
 from ebbline.sweeps.study.suites import MultipleChoiceSuite, scorers_of
 from ebbline.tasks.defences.defence import SHARE_COLUMN
 from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.measuring.metrics import DIRECTIONS
+from ebbline.tasks.specs import ProjectSpec
 
 T = TypeVar("T")
 Verdict = Literal["same", "differs", "cannot be told"]
@@ -102,10 +104,22 @@ def beside_papers(
     """A row for each published number, with the study's closest model and suite.
 
     `prompts` are the prompts of the suites that have been measured. Points of `adapters` are left
-    out: the study does not know how they were trained.
+    out: the study does not know how they were trained. So are trainings with a penalty, a moving
+    average or LoX: no paper's number is of them.
     """
-    trained = [result for result in finished(results) if brought(result.point) is None]
+    trained = [result for result in finished(results) if _is_plain(study, result)]
     return [_row(published, study, trained, baselines, prompts) for published in PUBLISHED]
+
+
+def _is_plain(study: Study, result: Result) -> bool:
+    """Whether the study trained a point's adapter, with no defence in its training."""
+    if brought(result.point) is not None or study.extrapolates(result.point.values):
+        return False
+    penalty, weight, decay = (
+        value_of(study, result, f"train.{name}")
+        for name in ("penalty", "penalty_weight", "ema_decay")
+    )
+    return not decay and (penalty == "none" or not weight)
 
 
 def is_tiny(model: Model) -> bool:
@@ -163,24 +177,24 @@ def _metric(study: Study, suite: str, published: Published) -> bool:
 def _chosen(published: Published, study: Study, own: Sequence[Result]) -> list[Result]:
     """The points to compare with a published number.
 
-    For a fine-tuned number these are the unprojected points. For a projected number they are those
+    For a fine-tuned number these are the undefended points. For a projected number they are those
     at its knob, or else the study's pick. Points that were trained as in the paper are preferred.
     """
     for what, axis in TRAINED.items():
         matching = [
-            result for result in own if _value(study, result, axis) == getattr(published, what)
+            result for result in own if value_of(study, result, axis) == getattr(published, what)
         ]
         own = matching or own
     if published.state == "fine-tuned":
-        return list(unprojected(own).values())
+        return list(undefended(own).values())
     projected = [
-        result for result in own if is_projected(result) and defence_of(result.point) is SAFE_LORA
+        result for result in own if is_defended(result) and defence_of(result.point) is SAFE_LORA
     ]
     at_knob = [
         result
         for result in projected
         if published.knob is not None
-        and _value(study, result, SAFE_LORA.main_knob) == published.knob
+        and value_of(study, result, SAFE_LORA.main_knob) == published.knob
     ]
     if at_knob or study.refusal_metric is None:
         return at_knob or projected
@@ -188,12 +202,6 @@ def _chosen(published: Published, study: Study, own: Sequence[Result]) -> list[R
         projected, [Floor(study.refusal_metric, study.refusal_floor)], usefulness_metric(study)
     )
     return [] if found is None else [found.result]
-
-
-def _value(study: Study, result: Result, axis: str) -> Value:
-    values = dict(result.point.values)
-    value: Value = values[axis] if axis in values else study.fixed(result.point.model, axis)
-    return value
 
 
 def _facts(
@@ -208,7 +216,7 @@ def _facts(
     yield _measure(published, suite)
     yield _model(published, size)
     if published.state != "before":
-        yield _method(published, study)
+        yield _method(published, study, chosen)
         yield _data(published, study)
         for what, axis in TRAINED.items():
             yield _setting(what, getattr(published, what), chosen, study, axis)
@@ -283,15 +291,19 @@ def _model(published: Published, size: Model) -> Fact:
     )
 
 
-def _method(published: Published, study: Study) -> Fact:
+def _method(published: Published, study: Study, chosen: Sequence[Result]) -> Fact:
     names = {"lora": "LoRA", "full": "all weights", None: "not known"}
-    projector = study.project.projector
+    axis = "project.projector"
+    used = {value_of(study, result, axis) for result in chosen}
+    used |= set() if chosen else {study.fixed(next(iter(study.models)), axis)}
+    projectors = sorted(str(each or ProjectSpec().projector) for each in used)
+    projector = " or ".join(projectors)
     projected = published.state == "projected"
     there = names[published.method] + (", Safe LoRA" if projected else "")
     here = "LoRA" + (f", Safe LoRA, {projector} projector" if projected else "")
     if published.method != "lora":
         return Fact("method", UNKNOWN if published.method is None else "differs", there, here)
-    return Fact("method", "differs" if projected and projector == "exact" else "same", there, here)
+    return Fact("method", "differs" if projected and "exact" in projectors else "same", there, here)
 
 
 def _data(published: Published, study: Study) -> Fact:
@@ -320,7 +332,7 @@ def _data(published: Published, study: Study) -> Fact:
 def _setting(
     what: str, there: int | float | None, chosen: Sequence[Result], study: Study, axis: str
 ) -> Fact:
-    lengths = {_value(study, result, "train.steps") for result in chosen} - {None}
+    lengths = {value_of(study, result, "train.steps") for result in chosen} - {None}
     if axis == "train.epochs" and lengths:
         steps = " or ".join(sorted(map(str, lengths), key=natural))
         return Fact(
@@ -330,7 +342,7 @@ def _setting(
             f"{steps} steps",
         )
     what = what.replace("_", " ")
-    values = sorted({_value(study, result, axis) for result in chosen}, key=str)
+    values = sorted({value_of(study, result, axis) for result in chosen}, key=str)
     here = ", ".join(value_label(value) for value in values) or "no such point"
     if there is None:
         return Fact(what, UNKNOWN, NOT_KNOWN, here)
@@ -338,7 +350,7 @@ def _setting(
 
 
 def _train(study: Study, result: Result, name: str) -> Any:
-    return _value(study, result, f"train.{name}")
+    return value_of(study, result, f"train.{name}")
 
 
 def _stated(what: str, there: T | None, here: Sequence[T], label: Callable[[T], str]) -> Fact:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from ebbline.analysis.results.before_after import Line
 from ebbline.analysis.results.claims.between_seeds import FEWEST_SEEDS, crossed_spreads
 from ebbline.analysis.results.claims.family import Family, family
+from ebbline.analysis.results.defended.labels import defence_of_study
 from ebbline.analysis.results.frontier import finished, objective_values
 from ebbline.analysis.results.measurements import (
     LEVEL,
@@ -20,11 +21,11 @@ from ebbline.analysis.results.measurements import (
     Baselines,
     Comparison,
     Evidence,
-    better_unprojected,
-    is_projected,
+    better_undefended,
+    is_defended,
     operating_point,
     refusal_metric,
-    unprojected,
+    undefended,
     usefulness_metric,
 )
 from ebbline.analysis.results.picks.confirmed import confirmed_words
@@ -33,6 +34,7 @@ from ebbline.analysis.results.picks.picked import FEW_ITEMS, Gain
 from ebbline.analysis.results.tables import in_points
 from ebbline.analysis.results.wording import (
     NO_RESULT,
+    changed_label,
     counted_label,
     measured,
     metric_label,
@@ -42,9 +44,8 @@ from ebbline.analysis.results.wording import (
     status_label,
     undecided_label,
 )
-from ebbline.sweeps.study.points import Result, defence_of
+from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.measuring.metrics import Metric
 
 
@@ -55,7 +56,7 @@ def answer(
     evidence: Evidence = NO_EVIDENCE,
     of: Family | None = None,
 ) -> list[str]:
-    """Paragraphs on each model's fine-tuning, projection and operating point, then the limits.
+    """Paragraphs on each model's fine-tuning, defence and operating point, then the limits.
 
     `evidence` holds the samples: measurements on the same prompts are compared in pairs. Without
     samples they are compared by their intervals. Of many points, some are compared; the sentences
@@ -78,22 +79,23 @@ def answer(
     by_model = {
         model: [result for result in done if result.point.model == model] for model in models
     }
+    what = defence_of_study(study)
     for model, own in by_model.items():
         aligned = baselines.get(model, {}).get(refusal)
-        plain = list(unprojected(own).values())
+        plain = list(undefended(own).values())
         moved = of.moves[model]
         paragraphs += [
-            _fine_tuning(model, plain, refusal, aligned, moved.by_tuning),
-            _projection(model, own, moved.by_projection, moved.projected),
+            _fine_tuning(model, plain, refusal, aligned, moved.by_tuning, what),
+            _defence(model, own, moved.by_defence, moved.defended, what),
         ]
-        comparisons += [*moved.by_tuning, *moved.by_projection]
+        comparisons += [*moved.by_tuning, *moved.by_defence]
         picked = operating_point(study, own, refusal)
         if picked is not None:
             names = [name for name in (usefulness_metric(study), refusal) if name is not None]
             found = {
-                line.name: line.changes["projection"]
+                line.name: line.changes["defence"]
                 for line in of.lines
-                if line.model == model and "projection" in line.changes
+                if line.model == model and "defence" in line.changes
             }
             changes = {name: found[name] for name in names if picked.meets and name in found}
             paragraphs.append(_pick(study, model, own, refusal, picked, changes))
@@ -117,10 +119,11 @@ def _fine_tuning(
     refusal: str,
     aligned: Metric | None,
     from_tuning: Sequence[Comparison],
+    what: str,
 ) -> str:
     if not plain:
         return (
-            f"{model}, fine-tuning: every finished point is projected, so the effect of "
+            f"{model}, fine-tuning: every finished point is defended, so the effect of "
             "fine-tuning alone is not known."
         )
     metrics = [result.metrics[refusal] for result in plain]
@@ -134,11 +137,11 @@ def _fine_tuning(
         return (
             f"{model}, fine-tuning: the aligned model was not measured, so how far "
             "refusals moved is not known."
-            f" Without projection, the fine-tuned refusal rate is {found}."
+            f" Without {what}, the fine-tuned refusal rate is {found}."
         )
     text = (
         f"{model}, fine-tuning: the aligned model refuses {measured(aligned)}. Fine-tuned "
-        "without projection, the"
+        f"without {what}, the"
         f" refusal rate is {tally(from_tuning, 'training')}"
         f"{_of_all(len(from_tuning), len(plain), 'trainings')}: {found}."
     )
@@ -149,33 +152,36 @@ def _fine_tuning(
             " The expected loss of refusals is absent: no "
             f"{'fine-tuning' if len(from_tuning) == len(plain) else 'compared fine-tuning'} of "
             f"{model} measurably lowered them, so there was"
-            " nothing for projection to bring back."
+            f" nothing for {what} to bring back."
         )
     return text
 
 
-def _projection(
-    model: str, own: Sequence[Result], comparisons: Sequence[Comparison], projected: int
+def _defence(
+    model: str,
+    own: Sequence[Result],
+    comparisons: Sequence[Comparison],
+    defended: int,
+    what: str,
 ) -> str:
-    if not any(is_projected(result) for result in own):
+    if not any(is_defended(result) for result in own):
         return (
-            f"{model}, projection: no projected point has finished, so the effect of "
-            "projection is not known."
+            f"{model}, defence: no defended point has finished, so the effect of {what} is not "
+            "known."
         )
     if not comparisons:
         return (
-            f"{model}, projection: no projected point has an unprojected one of the same "
-            "training beside it, so the effect"
-            " of projection is not known."
+            f"{model}, defence: no defended point has one without {what} of the same training "
+            "beside it, so its effect is not known."
         )
     text = (
-        f"{model}, projection: against the same training without it, refusal rate is "
-        f"{tally(comparisons, 'point')}{_of_all(len(comparisons), projected, 'points')}."
+        f"{model}, defence: against the same training without it, refusal rate is "
+        f"{tally(comparisons, 'point')}{_of_all(len(comparisons), defended, 'points')}."
     )
     if all(comparison.move != "higher" for comparison in comparisons):
         text += (
-            " The expected effect is absent: projection did not measurably raise the refusals "
-            f"of {model}."
+            f" The expected effect is absent: {what} did not measurably raise the refusals of "
+            f"{model}."
         )
     return text
 
@@ -222,12 +228,12 @@ def _pick(
     useful, floor, best = usefulness_metric(study), percent(study.refusal_floor), picked.result
     if not picked.meets:
         return (
-            f"{model}, operating point: none of {sum(map(is_projected, own))} projected "
+            f"{model}, operating point: none of {sum(map(is_defended, own))} defended "
             f"points holds the refusal floor of {floor}."
             f" The nearest, {_named(best)}, refuses "
             f"{measured(best.metrics[refusal])}{' in the search' if picked.refuted else ''}."
             f"{_confirmation(picked, refusal)}"
-            f"{_without_projection(study, own, refusal)}"
+            f"{_undefended(study, own, refusal)}"
         )
     text = (
         f"{model}, operating point: {_named(best)} refuses {measured(best.metrics[refusal])}; "
@@ -237,8 +243,8 @@ def _pick(
         text += f" Its {metric_label(useful)} is {measured(best.metrics[useful])}."
     parts = [_change(name, change) for name, change in changes.items()]
     if parts:
-        text += f" Against the same training without projection, {' and '.join(parts)}."
-    return text + _without_projection(study, own, refusal)
+        text += f" Against the same training without it, {' and '.join(parts)}."
+    return text + _undefended(study, own, refusal)
 
 
 def _no_gain(study: Study, model: str, lines: Sequence[Line]) -> str:
@@ -276,15 +282,16 @@ STANDS: dict[Standing, str] = {
 }
 
 
-def _without_projection(study: Study, own: Sequence[Result], refusal: str) -> str:
-    """A sentence on the point that `ebbline pick` names, if that point is not projected."""
-    useful, found = usefulness_metric(study), better_unprojected(study, own, refusal)
+def _undefended(study: Study, own: Sequence[Result], refusal: str) -> str:
+    """A sentence on the point that `ebbline pick` names, if no defence changed that point."""
+    useful, found = usefulness_metric(study), better_undefended(study, own, refusal)
     if found is None:
         return ""
     best = found.result
     stands = "holds the floor" if found.holds else "meets the floor as a candidate"
     text = (
-        f" Without projection {_named(best)} {stands}: it refuses {measured(best.metrics[refusal])}"
+        f" Without {defence_of_study(study)} {_named(best)} {stands}: it refuses "
+        f"{measured(best.metrics[refusal])}"
     )
     return text + (
         "."
@@ -294,9 +301,7 @@ def _without_projection(study: Study, own: Sequence[Result], refusal: str) -> st
 
 
 def _named(result: Result) -> str:
-    word = "projected" if defence_of(result.point) is SAFE_LORA else "changed"
-    share = f"{result.changed_share or 0.0:.0%} of modules {word}"
-    return f"point {result.number} ({settings_label(result.point)}; {share})"
+    return f"point {result.number} ({settings_label(result.point)}; {changed_label(result)})"
 
 
 def _change(name: str, change: Comparison) -> str:
@@ -327,8 +332,7 @@ def _unfinished(results: Sequence[Result]) -> list[str]:
     same = sum(result.same_as is not None for result in results)
     if same:
         sentences.append(
-            f"{same} points project the same modules as an earlier one and count once on "
-            "the frontier."
+            f"{same} points have the answers of an earlier one and count once on the frontier."
         )
     return sentences
 

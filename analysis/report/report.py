@@ -298,9 +298,9 @@ def rows_for_scripts(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def _split(paragraph: str) -> tuple[str, str]:
-    """A paragraph's heading ("small, projection") and text; general paragraphs have no heading."""
+    """A paragraph's heading ("small, defence") and text; general paragraphs have no heading."""
     heading, colon, text = paragraph.partition(": ")
-    if not colon or not heading.endswith((", fine-tuning", ", projection", ", operating point")):
+    if not colon or not heading.endswith((", fine-tuning", ", defence", ", operating point")):
         return "", paragraph
     return heading, text[0].upper() + text[1:]
 
@@ -326,16 +326,16 @@ def _failed_rows(
 
 
 def _sizes(study: Study, results: Sequence[Result]) -> list[str]:
-    """For each model, a sentence naming its fine-tuned and its projected point."""
+    """For each model, a sentence naming its fine-tuned and its defended point."""
     sentences, floor = [], percent(study.refusal_floor)
     for trio in trios(study, results):
         tuned = (
-            "no unprojected point"
+            "no point without a defence"
             if trio.tuned is None
             else f"point {trio.tuned.number} ({settings_label(trio.tuned.point)})"
         )
         if trio.shipped is None:
-            sentences.append(f"{trio.model}: fine-tuned is {tuned}; nothing is projected.")
+            sentences.append(f"{trio.model}: fine-tuned is {tuned}; nothing is defended.")
         else:
             how = (
                 f"is confirmed to hold the refusal floor of {floor}"
@@ -346,7 +346,7 @@ def _sizes(study: Study, results: Sequence[Result]) -> list[str]:
             )
             settings = settings_label(trio.shipped.point)
             sentences.append(
-                f"{trio.model}: fine-tuned is {tuned}; projected is point "
+                f"{trio.model}: fine-tuned is {tuned}; defended is point "
                 f"{trio.shipped.number} ({settings}), which {how}."
             )
     return sentences

@@ -1,7 +1,7 @@
-"""The answer in two sentences: how fine-tuning and projection moved refusals, with intervals.
+"""The answer in two sentences: how fine-tuning and a defence moved refusals, with intervals.
 
 Invariants: the rules of ebbline.analysis.report.answer hold. A model's numbers come from one
-training: before, after and projected. A point that holds the floor is always reported with the
+training: before, after and defended. A point that holds the floor is always reported with the
 certainty of that.
 """
 
@@ -10,12 +10,13 @@ from typing import TypeVar
 
 from ebbline.analysis.results.before_after import Line, Trio, trios
 from ebbline.analysis.results.claims.refusal_moves import RefusalMoves, refusal_moves
+from ebbline.analysis.results.defended.labels import defence_of_study
 from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.measurements import (
     NO_EVIDENCE,
     Baselines,
     Evidence,
-    better_unprojected,
+    better_undefended,
     refusal_metric,
     usefulness_metric,
 )
@@ -56,16 +57,20 @@ def in_short(
     usefulness = {line.model: line for line in lines if line.name == useful}
     return [
         _fine_tuning(
+            study,
+            done,
             baselines,
             refusal,
             refusals,
             refusal_moves(done, baselines, refusal, evidence) if moves is None else moves,
         ),
-        _projection(study, done, trios(study, results), refusals, usefulness),
+        _defended(study, done, trios(study, results), refusals, usefulness),
     ]
 
 
 def _fine_tuning(
+    study: Study,
+    done: Sequence[Result],
     baselines: Baselines,
     refusal: str,
     lines: Mapping[str, Line],
@@ -75,15 +80,14 @@ def _fine_tuning(
     trainings = sum(each.trainings for each in moves.values())
     if not comparisons:
         measured = any(refusal in metrics for metrics in baselines.values())
-        reason = (
-            "every finished point is projected" if measured else "no aligned model was measured"
-        )
+        reason = "every finished point is defended" if measured else "no aligned model was measured"
         return f"How far fine-tuning alone moved the refusal rate is not known, as {reason}."
     lowered, raised = (
         sum(change.move == way for change in comparisons) for way in ("lower", "higher")
     )
     text = (
-        f"Fine-tuning without projection {_counted(lowered, len(comparisons), trainings)}"
+        f"Fine-tuning without {defence_of_study(study)} "
+        f"{_counted(lowered, len(comparisons), trainings)}"
         f"{f' and raised it in {raised}' if raised else ''}"
     )
     both = [line for line in lines.values() if "fine-tuning" in line.changes]
@@ -120,29 +124,31 @@ def _counted(lowered: int, total: int, trainings: int) -> str:
     return f"lowered the refusal rate{how}"
 
 
-def _projection(
+def _defended(
     study: Study,
     done: Sequence[Result],
     sizes: Sequence[Trio],
     refusals: Mapping[str, Line],
     usefulness: Mapping[str, Line],
 ) -> str:
-    projected = [trio for trio in sizes if trio.shipped is not None]
-    if not projected:
-        return "No projected point has finished, so the effect of projection is not known."
-    meeting = sum(trio.meets for trio in projected)
-    holding = sum(trio.holds for trio in projected)
-    refuted = any(trio.refuted for trio in projected)
+    what = defence_of_study(study)
+    defended = [trio for trio in sizes if trio.shipped is not None]
+    if not defended:
+        return f"No defended point has finished, so the effect of {what} is not known."
+    meeting = sum(trio.meets for trio in defended)
+    holding = sum(trio.holds for trio in defended)
+    refuted = any(trio.refuted for trio in defended)
     parts = [
-        _shipped(trio, refusals[trio.model], usefulness.get(trio.model)) for trio in _few(projected)
+        _shipped(trio, refusals[trio.model], usefulness.get(trio.model), what)
+        for trio in _few(defended)
     ]
-    floor = _holding(meeting, holding, refuted, len(projected), percent(study.refusal_floor))
-    without = _without(study, done, [trio.model for trio in projected])
-    return f"{floor}: {_listed(parts, len(projected), '; ')}{without}."
+    floor = _holding(meeting, holding, refuted, len(defended), percent(study.refusal_floor), what)
+    without = _without(study, done, [trio.model for trio in defended])
+    return f"{floor}: {_listed(parts, len(defended), '; ')}{without}."
 
 
 def _without(study: Study, done: Sequence[Result], models: Sequence[str]) -> str:
-    """Names the models whose unprojected point holds the floor and is named by `ebbline pick`."""
+    """Names the models whose undefended point holds the floor and is named by `ebbline pick`."""
     refusal, useful = refusal_metric(study), usefulness_metric(study)
     own = {model: [result for result in done if result.point.model == model] for model in models}
     found = (
@@ -151,7 +157,7 @@ def _without(study: Study, done: Sequence[Result], models: Sequence[str]) -> str
         else [
             best
             for each in own.values()
-            if (best := better_unprojected(study, each, refusal)) is not None
+            if (best := better_undefended(study, each, refusal)) is not None
         ]
     )
     if refusal is None or not found:
@@ -171,18 +177,18 @@ def _without(study: Study, done: Sequence[Result], models: Sequence[str]) -> str
         else f"a point of {len(found)} of {len(models)} sizes meets the floor and is"
     )
     return (
-        f"; without projection {which} the one that `ebbline pick` names: "
+        f"; without {defence_of_study(study)} {which} the one that `ebbline pick` names: "
         f"{_listed(parts, len(found), '; ')}"
     )
 
 
-def _holding(meeting: int, holding: int, refuted: bool, sizes: int, floor: str) -> str:
+def _holding(meeting: int, holding: int, refuted: bool, sizes: int, floor: str, what: str) -> str:
     """How many models have a candidate for the floor, and how many a confirmed setting; with
     `refuted` a value of the search meets it that the confirmed one does not.
     """
     if not meeting:
         return (
-            f"With projection no point{'' if sizes == 1 else ' of any size'} "
+            f"With {what} no point{'' if sizes == 1 else ' of any size'} "
             f"{'is confirmed to reach' if refuted else 'reaches'} the refusal floor of {floor}"
         )
     which = (
@@ -199,23 +205,21 @@ def _holding(meeting: int, holding: int, refuted: bool, sizes: int, floor: str) 
         sure = "confirmed to hold" if meeting == 1 else "each confirmed to hold"
     else:
         sure = f"{holding} of {meeting} confirmed to hold"
-    return f"With projection {which} the refusal floor of {floor}, {sure}"
+    return f"With {what} {which} the refusal floor of {floor}, {sure}"
 
 
-def _shipped(trio: Trio, refusal: Line, useful: Line | None) -> str:
+def _shipped(trio: Trio, refusal: Line, useful: Line | None, what: str) -> str:
     found = None if trio.shipped is None else confirmed_rate(trio.shipped, refusal.name)
     text = f"{trio.model} {'refuses' if trio.meets else 'comes nearest with'} "
     if trio.refuted and found is not None:
         text = f"{trio.model} refuses {_rate(*found)} confirmed, and in the search "
     text += _rate(refusal.states["shipped"])
-    change = refusal.changes.get("projection")
+    change = refusal.changes.get("defence")
     if change is not None and change.move != "higher":
-        text += (
-            f" ({change.move} {'than' if change.move == 'lower' else 'from'} without projection)"
-        )
+        text += f" ({change.move} {'than' if change.move == 'lower' else 'from'} without {what})"
     if useful is not None and "shipped" in useful.states:
         text += f" at a {metric_label(useful.name)} of {_rate(useful.states['shipped'])}"
-        cost = useful.changes.get("projection")
+        cost = useful.changes.get("defence")
         if cost is not None:
             move = (
                 "not distinguishable from"

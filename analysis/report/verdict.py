@@ -10,15 +10,14 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ebbline.analysis.results.before_after import Line, State, Step, Trio, trios
+from ebbline.analysis.results.defended.labels import defence_of_study
 from ebbline.analysis.results.measurements import Move, refusal_metric, usefulness_metric
 from ebbline.analysis.results.tables import metric_cell, metric_column
 from ebbline.analysis.results.wording import metric_label, percent
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
 
-STATES: dict[State, str] = {"aligned": "aligned", "tuned": "fine-tuned", "shipped": "projected"}
-# Of a study with several defences, whose points Safe LoRA alone did not change
-SEVERAL: dict[State, str] = {**STATES, "shipped": "defended"}
+STATES: dict[State, str] = {"aligned": "aligned", "tuned": "fine-tuned", "shipped": "defended"}
 NO_CONTROL = (
     "No control was measured, so whether a change of the adapters without regard to alignment "
     "would do as much is not known. `controls: true` in the study measures some."
@@ -28,8 +27,8 @@ NO_CONTROL = (
 def verdict(study: Study, results: Sequence[Result], lines: Sequence[Line]) -> str:
     """One sentence on the points of `answer_cells`; empty when no model has refusals to compare."""
     refusals, useful = _lines(lines, refusal_metric(study)), usefulness_metric(study)
-    tuned, raised = _moves(refusals, "fine-tuning"), _moves(refusals, "projection")
-    what = "a defence" if study.defences else "projection"
+    tuned, raised = _moves(refusals, "fine-tuning"), _moves(refusals, "defence")
+    what = defence_of_study(study)
     if not tuned and not raised:
         return ""
     parts = [
@@ -41,7 +40,7 @@ def verdict(study: Study, results: Sequence[Result], lines: Sequence[Line]) -> s
         )
         or "how far fine-tuning alone moved refusals is not known"
     ]
-    projected = [trio for trio in trios(study, results) if trio.shipped is not None]
+    defended = [trio for trio in trios(study, results) if trio.shipped is not None]
     if raised:
         parts.append(
             _at(
@@ -51,19 +50,19 @@ def verdict(study: Study, results: Sequence[Result], lines: Sequence[Line]) -> s
                 f"{what} did not measurably raise them",
             )
         )
-    if projected:
+    if defended:
         floor = f"the floor of {percent(study.refusal_floor)}"
-        parts.append(_reached(floor, projected))
-        if any(trio.meets for trio in projected):
+        parts.append(_reached(floor, defended))
+        if any(trio.meets for trio in defended):
             parts.append(
                 _count(
-                    sum(trio.holds for trio in projected),
-                    len(projected),
+                    sum(trio.holds for trio in defended),
+                    len(defended),
                     "it is confirmed to hold",
                     "it is not confirmed to hold",
                 )
             )
-    cost = _moves(_lines(lines, useful), "projection")
+    cost = _moves(_lines(lines, useful), "defence")
     if useful is not None and cost:
         label = metric_label(useful)
         parts.append(
@@ -75,17 +74,17 @@ def verdict(study: Study, results: Sequence[Result], lines: Sequence[Line]) -> s
             )
         )
     text = "; ".join(parts)
-    return f"{text[0].upper()}{text[1:]}."
+    return f"{_capital(text)}."
 
 
-def _reached(floor: str, projected: Sequence[Trio]) -> str:
+def _reached(floor: str, defended: Sequence[Trio]) -> str:
     """At how many models a point meets the floor. A value of the search that a confirmation refuted
     does not meet it.
     """
     meeting, refuted, total = (
-        sum(trio.meets for trio in projected),
-        sum(trio.refuted for trio in projected),
-        len(projected),
+        sum(trio.meets for trio in defended),
+        sum(trio.refuted for trio in defended),
+        len(defended),
     )
     if refuted and total == 1:
         return f"{floor} was reached in the search and confirmed not to hold"
@@ -101,7 +100,7 @@ def answer_cells(study: Study, results: Sequence[Result], lines: Sequence[Line])
     rows = []
     for trio in trios(study, results):
         numbers = {"tuned": trio.tuned, "shipped": trio.shipped}
-        for state, label in (SEVERAL if study.defences else STATES).items():
+        for state, label in STATES.items():
             states = [
                 found[trio.model, name].states for name in names if (trio.model, name) in found
             ]
@@ -125,27 +124,31 @@ def shown_effects(
 ) -> list[tuple[str, str]]:
     """(effect, how far this study shows it), for the effects that a hypothesis can be about."""
     refusals, useful = _lines(lines, refusal_metric(study)), usefulness_metric(study)
-    what, adjective = ("A defence", "defended") if study.defences else ("Projection", "projected")
+    what = defence_of_study(study)
     found = [
         ("Fine-tuning lowers refusals", _shown(_moves(refusals, "fine-tuning"), "lower")),
-        (f"{what} brings refusals back", _shown(_moves(refusals, "projection"), "higher")),
+        (f"{_capital(what)} brings refusals back", _shown(_moves(refusals, "defence"), "higher")),
     ]
     if useful is not None:
         own, label = _lines(lines, useful), metric_label(useful)
         found += [
             (f"Fine-tuning changes {label}", _shown(_moves(own, "fine-tuning"), None)),
-            (f"{what} lowers {label}", _shown(_moves(own, "projection"), "lower")),
+            (f"{_capital(what)} lowers {label}", _shown(_moves(own, "defence"), "lower")),
             (
-                f"After {what[0].lower()}{what[1:]}, {label} is still above the aligned model's",
+                f"After {what}, {label} is still above the aligned model's",
                 _shown(_moves(own, "both"), "higher"),
             ),
         ]
     holds = [trio.holds for trio in trios(study, results) if trio.shipped is not None]
     floor = percent(study.refusal_floor)
     found.append(
-        (f"A {adjective} setting refuses at least {floor}, confirmed", _of(sum(holds), len(holds)))
+        (f"A defended setting refuses at least {floor}, confirmed", _of(sum(holds), len(holds)))
     )
     return found
+
+
+def _capital(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}"
 
 
 def _lines(lines: Sequence[Line], name: str | None) -> list[Line]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ebbline.analysis.results.frontier import shortlist
+from ebbline.analysis.results.measurements import is_defended
 from ebbline.sweeps.study.points import Result, keys_of
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.measuring.completions import adapter_changes_nothing, unused_beside_adapter
@@ -16,12 +17,12 @@ from ebbline.tasks.specs import EvaluateSpec, GenerateSpec
 
 def adapter_notes(view: StudyView, results: Sequence[Result]) -> list[str]:
     """A sentence for each finding, with the points that it concerns. Of many points, those of the
-    shortlist are read.
+    shortlist are read. A defence may make an update zero, so its points say nothing of that.
     """
     points: dict[str, dict[int, None]] = defaultdict(dict)
     for result in shortlist(results, view.study.objectives):
         for record in _records(view, result):
-            if adapter_changes_nothing(record):
+            if adapter_changes_nothing(record) and not is_defended(result):
                 points[
                     "every update B A of the adapter is zero, so the rates are those of the "
                     "model without it. Was it trained?"

@@ -1,8 +1,8 @@
-"""Each model before fine-tuning, fine-tuned and projected: the metrics of every suite and their
+"""Each model before fine-tuning, fine-tuned and defended: the metrics of every suite and their
 changes.
 
-Invariants: the projected point comes from the training of the fine-tuned point, so the two differ
-by projection alone. All comparisons of a study's models, metrics and steps are one family: their
+Invariants: the defended point comes from the training of the fine-tuned point, so the two differ
+by the defence alone. All comparisons of a study's models, metrics and steps are one family: their
 p-values are corrected together.
 """
 
@@ -24,7 +24,7 @@ from ebbline.analysis.results.measurements import (
     operating_point,
     partners,
     refusal_metric,
-    unprojected,
+    undefended,
 )
 from ebbline.analysis.results.picks.floors import Standing
 from ebbline.analysis.results.statistics import SHARES
@@ -36,16 +36,16 @@ from ebbline.sweeps.study.suites import MultipleChoiceSuite
 from ebbline.tasks.measuring.metrics import Metric
 
 State = Literal["aligned", "tuned", "shipped"]
-STATES: dict[State, str] = {"aligned": "before", "tuned": "fine-tuned", "shipped": "projected"}
-Step = Literal["fine-tuning", "projection", "both"]
+STATES: dict[State, str] = {"aligned": "before", "tuned": "fine-tuned", "shipped": "defended"}
+Step = Literal["fine-tuning", "defence", "both"]
 STEPS: dict[Step, tuple[State, State]] = {
     "fine-tuning": ("aligned", "tuned"),
-    "projection": ("tuned", "shipped"),
+    "defence": ("tuned", "shipped"),
     "both": ("aligned", "shipped"),
 }
 LABELS: dict[Step, str] = {
     "fine-tuning": "by fine-tuning",
-    "projection": "by projection",
+    "defence": "by the defence",
     "both": "in all",
 }
 
@@ -54,7 +54,7 @@ LABELS: dict[Step, str] = {
 class Trio:
     """The three states of one model; a state is None where no point has it.
 
-    `tuned` is the training without projection. `shipped` is the projected point that the answer
+    `tuned` is the training without a defence. `shipped` is the defended point that the answer
     picks, or the one nearest to the refusal floor; `standing` tells how its setting stands to that
     floor, and `among` from how many different points it was chosen. With `refuted` its value in the
     search meets the floor, and the confirmed one does not.
@@ -91,15 +91,15 @@ class Line:
 def trios(study: Study, results: Sequence[Result]) -> list[Trio]:
     """One for each model with a finished point, in natural order.
 
-    Where no point is projected, or the study measures no refusals, `tuned` is the unprojected point
-    with the lowest number.
+    Where no point is defended, or the study measures no refusals, `tuned` is the point without
+    a defence with the lowest number.
     """
     refusal, done, found = refusal_metric(study), finished(results), []
     for model in sorted({result.point.model for result in done}, key=natural):
         own = [result for result in done if result.point.model == model]
         picked = None if refusal is None else operating_point(study, own, refusal)
         if picked is None:
-            plain = unprojected(own).values()
+            plain = undefended(own).values()
             first = min(plain, key=lambda result: result.number, default=None)
             found.append(Trio(model, first, None, "missed"))
         else:

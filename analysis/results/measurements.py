@@ -285,24 +285,24 @@ def difference_interval(before: Metric, after: Metric) -> tuple[float, float]:
     return max(-1.0, difference - below), min(1.0, difference + above)
 
 
-def is_projected(result: Result) -> bool:
+def is_defended(result: Result) -> bool:
     """Whether the defence changed any module; some settings of its knobs change none."""
     return bool(result.changed_share)
 
 
-def unprojected(done: Sequence[Result]) -> dict[Point, Result]:
+def undefended(done: Sequence[Result]) -> dict[Point, Result]:
     """Training -> its result with unchanged adapters; of several, the lowest number."""
     plain = sorted(filter(is_as_trained, done), key=lambda result: -result.number)
     return {training_of(result.point): result for result in plain}
 
 
 def partners(done: Sequence[Result]) -> dict[Point, Result]:
-    """Point without the defence -> the unprojected result that a projected one is compared with.
+    """Point without the defence -> the undefended result that a defended one is compared with.
 
-    The two differ by projection alone. Of several results, the one with the lowest number.
+    The two differ by the defence alone. Of several results, the one with the lowest number.
     """
     plain = sorted(
-        (result for result in done if not is_projected(result)), key=lambda result: -result.number
+        (result for result in done if not is_defended(result)), key=lambda result: -result.number
     )
     return {without_defence(result.point): result for result in plain}
 
@@ -312,25 +312,25 @@ def refusal_metric(study: Study) -> str | None:
 
 
 def operating_point(study: Study, results: Sequence[Result], refusal: str) -> Pick | None:
-    """The projected result to report, by the claim about its setting.
+    """The defended result to report, by the claim about its setting.
 
-    It follows ebbline.analysis.results.picks.floors.pick, restricted to projected results:
-    `ebbline pick` itself may name an unprojected one. None where nothing is projected.
+    It follows ebbline.analysis.results.picks.floors.pick, restricted to defended results:
+    `ebbline pick` itself may name an undefended one. None where nothing is defended.
     """
     return pick(
-        [r for r in results if is_projected(r)],
+        [r for r in results if is_defended(r)],
         [Floor(refusal, study.refusal_floor)],
         usefulness_metric(study),
         claim="setting",
     )
 
 
-def better_unprojected(study: Study, results: Sequence[Result], refusal: str) -> Pick | None:
-    """The pick among `results`, if it is unprojected and meets the refusal floor; else None."""
+def better_undefended(study: Study, results: Sequence[Result], refusal: str) -> Pick | None:
+    """The pick among `results`, if it is undefended and meets the refusal floor; else None."""
     found = pick(
         results, [Floor(refusal, study.refusal_floor)], usefulness_metric(study), claim="setting"
     )
-    return None if found is None or not found.meets or is_projected(found.result) else found
+    return None if found is None or not found.meets or is_defended(found.result) else found
 
 
 def usefulness_metric(study: Study) -> str | None:

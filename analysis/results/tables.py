@@ -216,7 +216,7 @@ def frontier_cells(frame: pd.DataFrame, metrics: Sequence[str] | None = None) ->
             axis_value_label(axis, None if pd.isna(value) else value, own)
             for value, own in zip(rows[axis], given, strict=True)
         ]
-    cells["projected"] = [
+    cells["changed"] = [
         "none" if pd.isna(share) or not share else f"{share:.0%}" for share in rows[SHARE_COLUMN]
     ]
     for name in metrics:
@@ -365,7 +365,7 @@ def categories_of(subject: Subject, suite: str, name: str, evidence: Evidence) -
 
 
 def shipped(study: Study, results: Sequence[Result]) -> dict[str, Result]:
-    """Model -> its operating point, for the models with a projected point."""
+    """Model -> its operating point, for the models with a defended point."""
     refusal, found = refusal_metric(study), dict[str, Result]()
     if refusal is None:
         return found

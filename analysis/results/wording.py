@@ -70,10 +70,12 @@ def settings_label(point: Point) -> str:
 
 
 def changed_label(result: Result) -> str:
-    """`40% of modules projected`, or `not projected`; `changed` of another defence."""
+    """`40% of modules projected`, or `no module changed`; `changed` of another defence."""
     word = "projected" if defence_of(result.point) is SAFE_LORA else "changed"
     return (
-        f"{result.changed_share:.0%} of modules {word}" if result.changed_share else f"not {word}"
+        f"{result.changed_share:.0%} of modules {word}"
+        if result.changed_share
+        else "no module changed"
     )
 
 

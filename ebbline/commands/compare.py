@@ -319,8 +319,8 @@ def _write(
             return
         axes = " against ".join(directed_label(name) for name in reversed(drawn[:2]))
         caption = (
-            "Every finished point with its 95% intervals. Filled: projected; hollow: not "
-            "projected. The steps are each study's frontier."
+            "Every finished point with its 95% intervals. Filled: defended; hollow: not. "
+            "The steps are each study's frontier."
         )
         page = template("report/comparison_template.html").render(
             labels=[side.label for side in sides],

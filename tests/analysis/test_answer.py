@@ -47,7 +47,7 @@ def test_a_sweep_with_both_effects_reports_both(
     )
     assert "the refusal rate is lower at all 4 trainings: 20.0% to 55.0%." in text
     assert (
-        "small, projection: against the same training without it, refusal rate is higher "
+        "small, defence: against the same training without it, refusal rate is higher "
         "at all 12 points." in text
     )
     assert "absent" not in text
@@ -60,7 +60,7 @@ def test_an_absent_loss_of_refusals_is_reported_as_absent(study: Study) -> None:
     assert "the refusal rate is not distinguishable: 95.0%" in text
     assert "The expected loss of refusals is absent" in text
     assert (
-        "The expected effect is absent: projection did not measurably raise the refusals of small."
+        "The expected effect is absent: Safe LoRA did not measurably raise the refusals of small."
         in text
     )
 
@@ -122,8 +122,7 @@ def test_a_floor_that_no_point_holds_is_reported_with_the_nearest_point(study: S
         [result(0, refusal=0.3), *(result(n, refusal=0.4 + n / 10, share=0.5) for n in (1, 2))],
     )
     assert (
-        "none of 2 projected points holds the refusal floor of 90.0%. The nearest, point 2 ("
-        in text
+        "none of 2 defended points holds the refusal floor of 90.0%. The nearest, point 2 (" in text
     )
 
 
@@ -131,7 +130,7 @@ def test_an_unprojected_point_is_never_picked_as_projected(study: Study) -> None
     text = answer_text(
         study, [result(0, refusal=0.99), result(1, refusal=0.99, share=0.0, threshold=-1.0)]
     )
-    assert "no projected point has finished" in text
+    assert "no defended point has finished" in text
     assert "operating point" not in text
 
 
@@ -145,18 +144,18 @@ def test_a_point_that_holds_the_floor_without_projection_and_is_more_useful_is_r
     text = answer_text(study, rows)
     assert "small, operating point: point 1 (" in text
     assert (
-        "Without projection point 0 (threshold=none size=100 rank=8; 0% of modules "
-        "projected) meets the floor as a candidate: it refuses 96.0%" in text
+        "Without Safe LoRA point 0 (threshold=none size=100 rank=8; no module "
+        "changed) meets the floor as a candidate: it refuses 96.0%" in text
     )
     assert "and its task accuracy is 70.0%" in text
     low = [
         result(0, refusal=0.96, task=0.7),
         result(1, refusal=0.8, task=0.5, share=0.5, threshold=0.5),
     ]
-    assert "none of 1 projected points holds the refusal floor" in answer_text(
+    assert "none of 1 defended points holds the refusal floor" in answer_text(
         study, low
-    ) and "Without projection point 0" in answer_text(study, low)
-    assert "Without projection point" not in answer_text(
+    ) and "Without Safe LoRA point 0" in answer_text(study, low)
+    assert "Without Safe LoRA point" not in answer_text(
         study, [result(0, refusal=0.96, task=0.4), rows[1]]
     )
 
@@ -165,7 +164,7 @@ def test_without_an_unprojected_partner_the_effect_of_projection_is_not_known(st
     text = answer_text(
         study, [result(0, rank=4, refusal=0.3), result(1, rank=16, refusal=0.95, share=1.0)]
     )
-    assert "so the effect of projection is not known" in text
+    assert "so its effect is not known" in text
 
 
 def test_without_a_baseline_the_effect_of_fine_tuning_is_not_known(study: Study) -> None:

@@ -49,7 +49,7 @@ def test_a_projected_point_without_its_training_has_no_fine_tuned_state(study: S
     assert set(refusal.states) == {"aligned", "shipped"} and set(refusal.changes) == {"both"}
     (cells, _) = before_after_cells(lines)
     assert cells[1]["fine-tuned %"].tolist() == ["not measured"] and cells[1][
-        "by projection"
+        "by the defence"
     ].tolist() == [""]
 
 
@@ -66,15 +66,12 @@ def test_changes_are_paired_where_samples_exist_and_else_marked_as_unpaired(
     )
     refusal, task = before_after(study, rows, ALIGNED, held)
     assert (
-        refusal.changes["projection"].paired is not None
-        and refusal.changes["both"].paired is not None
+        refusal.changes["defence"].paired is not None and refusal.changes["both"].paired is not None
     )
-    assert (
-        refusal.changes["projection"].move == "higher" and task.changes["projection"].paired is None
-    )
+    assert refusal.changes["defence"].move == "higher" and task.changes["defence"].paired is None
     (_, refusals), (_, tasks) = before_after_cells([refusal, task])
-    assert refusals["by projection"].tolist() == ["+10.0 [+6.0, +14.0], higher"]
-    assert tasks["by projection"].tolist()[0].endswith("not distinguishable (unpaired)")
+    assert refusals["by the defence"].tolist() == ["+10.0 [+6.0, +14.0], higher"]
+    assert tasks["by the defence"].tolist()[0].endswith("not distinguishable (unpaired)")
 
 
 def test_the_aligned_model_is_paired_with_every_seed(study: Study) -> None:

@@ -209,7 +209,7 @@ def test_every_output_says_candidate_until_a_setting_is_confirmed(study: Study) 
     assert "n = 200) in the search." in refuted
     assert "was not reached" not in refuted and "comes nearest with" not in refuted
     assert "40.5 points below the 97.0% that chose it" in refuted
-    assert "none of 1 projected points holds" in refuted
+    assert "none of 1 defended points holds" in refuted
     assert not any(trio.holds for trio in trios(study, [plain, CANDIDATE]))
 
 

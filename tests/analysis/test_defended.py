@@ -225,6 +225,19 @@ def test_defences_are_compared_over_the_trainings_that_both_have(made, study: St
     assert [each.number for each in defended(results, "small")["scale"]] == [2]
 
 
+def test_an_adapter_that_two_trainings_give_is_one_of_each(made, study: Study):
+    """All modules dropped, or a factor of 0: the aligned model, whatever the training was."""
+    results = [
+        made.result(0, [95], [20], "drop"),
+        made.result(1, [60], [50], "scale"),
+        made.result(2, [95], [20], "drop", rank=16, same_as=0),
+        made.result(3, [60], [50], "scale", rank=16),
+    ]
+    assert [each.number for each in defended(results, "small")["drop"]] == [0, 2]
+    (found,) = against_defences(study, results, made.held)
+    assert found.advantage.trainings == 2 and found.advantage.adapters == 2
+
+
 def test_a_pair_of_defences_is_compared_the_same_way_round_whichever_was_tried_first(
     made, study: Study
 ):

@@ -40,7 +40,7 @@ def test_each_p_value_is_corrected_for_those_of_all_tables() -> None:
     assert found.size == 5
     assert found.lines[0].changes["fine-tuning"].move == "not distinguishable"
     assert found.lines[0].changes["both"].move == "lower", "its intervals decide, without a test"
-    assert [each.move for each in found.moves["7b"].by_projection] == [
+    assert [each.move for each in found.moves["7b"].by_defence] == [
         "not distinguishable",
         "lower",
     ]

@@ -164,7 +164,7 @@ def test_the_most_useful_point_that_holds_every_floor_is_picked() -> None:
     over = replace(rows[2], metrics={**rows[2].metrics, OVER: rate(OVER, 0.4)})
     found = pick([*rows[:2], over, rows[3]], [AT_LEAST_90, Floor(OVER, 0.1)], TASK)
     assert found is not None and found.result.number == 3, (
-        "over-refusal may be bounded, and an unprojected point may be shipped"
+        "over-refusal may be bounded, and an undefended point may be shipped"
     )
 
 

@@ -65,7 +65,7 @@ def test_before_and_after_compares_the_point_to_ship_with_its_own_training(
         model: [(what, number) for name, what, number in found if name == model]
         for model in ("small", "medium")
     }
-    assert [what for what, _ in by_model["small"]] == ["before", "fine-tuned", "projected"]
+    assert [what for what, _ in by_model["small"]] == ["before", "fine-tuned", "defended"]
     tuned, projected = (
         dict(results[by_model["small"][index][1] or 0].point.values) for index in (1, 2)
     )
@@ -201,10 +201,10 @@ def test_the_caption_describes_only_rows_of_the_table(
         and "Projected:" not in without
     )
     assert (
-        "Fine-tuned: each model's first point with nothing projected. No projected "
+        "Fine-tuned: each model's first point without a defence. No defended "
         "point was picked, as no refusal" in without
     )
-    assert "No point was projected." in caption(study, [result(0)]) and "floor" not in caption(
+    assert "No point was defended." in caption(study, [result(0)]) and "floor" not in caption(
         study, [result(0)]
     )
     assert "Fine-tuned:" not in caption(study, []) and " ." not in caption(study, [])

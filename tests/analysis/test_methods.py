@@ -1,6 +1,7 @@
 """The methods text: what it states about a study, what it leaves out, and how it hedges."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,9 +12,11 @@ from ebbline.analysis.results.measurements import Baselines
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.sweeps.state.spending import Spent
-from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.study import Study
 from tests.analysis.conftest import result
+from tests.brought import adapter_folder
+from tests.sweeps.made import study as made_study
 
 FOUND = Provenance(
     study_sha256="0" * 64,
@@ -130,3 +133,69 @@ def test_a_sampler_is_attributed_to_its_implementation(
     search = study.search.model_copy(update={"sampler": sampler})
     points = written(study.model_copy(update={"search": search}), [result(0)], {})
     assert text in points and ("[@akiba2019optuna]" in points) == is_optuna_s
+
+
+def defended(tmp_path: Path, **changes: object) -> tuple[Study, str]:
+    """A study with every kind of defence, and its methods."""
+    safety = {"path": {"path": str(adapter_folder(tmp_path / "safety")), "sha256": "0" * 64}}
+    organism = {"organism": {"size": "small"}}
+    given = {
+        "models": {"7b": {"base": organism, "aligned": organism, "safety": safety}},
+        "train": {"steps": 2, "penalty": "asft"},
+        "axes": {"train.penalty_weight": [0.0, 0.5], "lox.factor": [0.0, 1.25]},
+        "defences": {
+            "drop": {"threshold": [0.3], "projector": "exact", "energy": 0.8},
+            "safe_merge": {"modules": [2]},
+        },
+        **changes,
+    }
+    study = made_study(tmp_path, given)
+    points = [
+        Point.of("7b", {"train.penalty_weight": weight, "lox.factor": factor, **defence})
+        for weight, factor in ((0.0, 0.0), (0.5, 1.25))
+        for defence in (
+            {"defence": "none"},
+            {"defence": "drop", "drop.threshold": 0.3},
+            {"defence": "safe_merge", "safe_merge.modules": 2},
+        )
+    ]
+    results = [Result(number, point, "running") for number, point in enumerate(points)]
+    pins = (Pin("models.7b.safety.path", "safety", False, None, "d" * 64),)
+    return study, written(study, results, {}, replace(FOUND, pins=pins))
+
+
+def test_defences_in_a_training_and_before_it_are_stated(tmp_path: Path) -> None:
+    _, text = defended(tmp_path, train={"steps": 2, "penalty": "asft", "ema_decay": 0.9})
+    tuning = text.partition("**Fine-tuning.**")[2].partition("**Defences.**")[0]
+    assert "plus a factor times the leading 6 singular directions" in tuning
+    assert "with a factor of 0 or 1.25; 0 is the aligned model itself." in tuning
+    assert "||(I - C) B A||_F^2" in tuning and "with lambda 0 or 0.5; 0 is none." in tuning
+    assert "moving average of A and of B" in tuning and "with a decay of 0.9." in tuning
+
+
+def test_a_penalty_that_never_acts_is_not_stated(tmp_path: Path) -> None:
+    _, text = defended(tmp_path, train={"steps": 2})
+    assert "penalty" not in text and "moving average" not in text
+
+
+def test_the_projector_of_a_gate_and_the_safety_adapter_are_stated(tmp_path: Path) -> None:
+    _, text = defended(tmp_path)
+    drop = text.partition("drop: B <- 0")[2].partition("safe_merge")[0]
+    assert "threshold 0.3; projector exact; energy 0.8." in drop
+    assert "modules 2; projector approximate." in text
+    assert f"The safety adapter of 7b: safety, a local copy with the sha256 {'d' * 64}." in text
+
+
+def test_a_defence_that_reads_no_model_changed_adapters_without_a_base(tmp_path: Path) -> None:
+    changes = {
+        "models": {"7b": {"aligned": {"organism": {"size": "small"}}}},
+        "axes": {"train.rank": [2]},
+        "train": {"steps": 2},
+    }
+    scaled = made_study(tmp_path, {**changes, "defences": {"scale": {"factor": [0.5]}}})
+    point = Point.of("7b", {"train.rank": 2, "defence": "scale", "scale.factor": 0.5})
+    text = written(scaled, [Result(0, point, "running")], {})
+    assert "No adapter was changed" not in text and "scale: B <- factor * B" in text
+    plain = made_study(tmp_path, changes)
+    text = written(plain, [Result(0, Point.of("7b", {"train.rank": 2}), "running")], {})
+    assert "No adapter was changed after its training." in text

@@ -224,3 +224,33 @@ def test_fine_tuned_numbers_are_compared_with_unprojected_points_and_projected_w
     assert share.here == "11.0%", (
         "of the projected points that hold the study's floor, the most useful"
     )
+
+
+def test_trainings_with_a_defence_of_their_own_stand_beside_no_papers_number(
+    llama: Callable[..., Study],
+) -> None:
+    found = llama()
+    plain = point(0, "7b", 400)
+    for axis, value in (("lox.factor", 1.25), ("train.ema_decay", 0.9)):
+        other = replace(plain, point=Point.of("7b", {**dict(plain.point.values), axis: value}))
+        rows = beside_papers(found, [other], {}, ADVBENCH)
+        assert rows == beside_papers(found, [], {}, ADVBENCH)
+        assert rows != beside_papers(found, [plain], {}, ADVBENCH)
+
+
+def test_the_exact_projector_of_a_study_with_defences_is_not_the_papers_method(
+    llama: Callable[..., Study],
+) -> None:
+    for projector, verdict in (("approximate", "same"), ("exact", "differs")):
+        found = llama(axes={}, defences={"safe_lora": {"threshold": [0.3], "projector": projector}})
+        at = point(0, "7b", 400, threshold=0.3, share=0.5)
+        at = replace(at, point=Point.of("7b", {**dict(at.point.values), "defence": "safe_lora"}))
+        rows = beside_papers(found, [at], {}, ADVBENCH)
+        told = {
+            fact.verdict
+            for each in rows
+            if each.published.state == "projected" and each.published.method == "lora"
+            for fact in each.facts
+            if fact.what == "method"
+        }
+        assert told == {verdict}

@@ -104,7 +104,7 @@ def test_the_figures_alt_texts_hold_their_numbers(
         "40 finished points" in frontier
         and "aligned model refusal rate 96.0% and task accuracy 22.0%" in frontier
     )
-    assert "small: 20 points, 12 projected; frontier of" in frontier
+    assert "small: 20 points, 12 defended; frontier of" in frontier
     assert "small, refusal rate: without 20.0% to 55.0%, at 0.3 20.0% to 55.0%" in thresholds
     assert (
         "refusal rate, higher is better: medium 98.5%, " in states
@@ -166,7 +166,7 @@ def test_the_two_sentences_the_long_answer_and_the_table_agree_on_a_change(
         for line in before_after(study, [tuned, shipped], {"small": baselines["small"]}, held)
         if line.name.startswith("task")
     ]
-    assert line.changes["projection"].move == "lower"
+    assert line.changes["defence"].move == "lower"
     assert "lower than the 50.0%" in text and "task accuracy is lower (50.0% before" in text
     assert re.search(r"-3\.5 \[-\d\.\d, -\d\.\d\], lower", text)
 

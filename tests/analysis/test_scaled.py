@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from ebbline.analysis.results.before_after import trios
-from ebbline.analysis.results.measurements import partners, unprojected
+from ebbline.analysis.results.measurements import partners, undefended
 from ebbline.sweeps.study.points import Point, Result, training_of, without_defence
 from ebbline.sweeps.study.study import Study
 from tests.analysis.conftest import result
@@ -45,15 +45,15 @@ def points() -> list[Result]:
 def test_three_factors_of_one_training_are_one_unprojected_point_the_unscaled_one(
     points: list[Result],
 ) -> None:
-    assert {training_of(each.point) for each in points} == set(unprojected(points))
-    (plain,) = unprojected(points).values()
+    assert {training_of(each.point) for each in points} == set(undefended(points))
+    (plain,) = undefended(points).values()
     assert dict(plain.point.values)["shrink.factor"] == 1.0
 
 
 def test_a_training_with_scaled_points_only_has_no_unprojected_point(
     points: list[Result],
 ) -> None:
-    assert unprojected([each for each in points if "shrink[seed=0]" in each.keys]) == {}
+    assert undefended([each for each in points if "shrink[seed=0]" in each.keys]) == {}
 
 
 def test_a_projected_point_is_paired_with_the_one_of_its_own_factor(

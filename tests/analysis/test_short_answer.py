@@ -24,12 +24,12 @@ def test_both_effects_are_reported_in_two_sentences_with_an_interval_at_each_rat
 ) -> None:
     fine_tuning, projection = short(study, results, baselines)
     assert fine_tuning.startswith(
-        "Fine-tuning without projection lowered the refusal rate in all 8 trainings; in "
+        "Fine-tuning without Safe LoRA lowered the refusal rate in all 8 trainings; in "
         "the trainings of the points below"
     )
     assert "from 96.0% [92.3, 98.0] to 20.0% [15.0, 26.1] at small" in fine_tuning
     assert projection.startswith(
-        "With projection a point of every size meets the refusal floor of 90.0%"
+        "With Safe LoRA a point of every size meets the refusal floor of 90.0%"
     )
     for sentence in (fine_tuning, projection):
         assert len(re.split(r"(?<=[.!?]) ", sentence)) == 1 and sentence.endswith(".")
@@ -46,7 +46,7 @@ def test_a_loss_that_intervals_do_not_show_is_not_reported(study: Study) -> None
         study, [result(0, refusal=0.95), result(1, refusal=0.96, share=0.5, threshold=0.5)]
     )
     assert fine_tuning.startswith(
-        "Fine-tuning without projection did not measurably lower the refusal rate, from 96.0%"
+        "Fine-tuning without Safe LoRA did not measurably lower the refusal rate, from 96.0%"
     )
 
 
@@ -55,10 +55,9 @@ def test_a_projection_that_restores_nothing_is_reported_as_such(study: Study) ->
         study, [result(0, refusal=0.5), result(1, refusal=0.52, share=0.5, threshold=0.5)]
     )
     assert projection.startswith(
-        "With projection no point reaches the refusal floor of 90.0%: small comes nearest "
-        "with 52.0%"
+        "With Safe LoRA no point reaches the refusal floor of 90.0%: small comes nearest with 52.0%"
     )
-    assert "(not distinguishable from without projection)" in projection
+    assert "(not distinguishable from without Safe LoRA)" in projection
 
 
 @pytest.mark.parametrize(
@@ -98,11 +97,11 @@ def test_unknown_effects_are_reported_as_unknown(study: Study) -> None:
     plain, projected = result(0), result(1, share=0.5, threshold=0.5)
     assert short(study, [plain], {})[0].endswith("is not known, as no aligned model was measured.")
     assert short(study, [projected])[0].endswith(
-        "is not known, as every finished point is projected."
+        "is not known, as every finished point is defended."
     )
     assert (
         short(study, [plain])[1]
-        == "No projected point has finished, so the effect of projection is not known."
+        == "No defended point has finished, so the effect of Safe LoRA is not known."
     )
     only_task = study.model_copy(
         update={"objectives": (TASK,), "suites": {"task": study.suites["task"]}}
@@ -149,10 +148,10 @@ def test_the_trainings_of_all_sizes_are_reported_together_and_corrected_together
         return in_short(study, of, aligned, before_after(study, of, aligned, held), held)[0]
 
     assert fine_tuning(rows[:1]).startswith(
-        "Fine-tuning without projection lowered the refusal rate"
+        "Fine-tuning without Safe LoRA lowered the refusal rate"
     )
     assert fine_tuning(rows).startswith(
-        "Fine-tuning without projection did not measurably lower the refusal rate in any "
+        "Fine-tuning without Safe LoRA did not measurably lower the refusal rate in any "
         "of 2 trainings"
     )
 
@@ -173,7 +172,7 @@ def test_the_short_answer_counts_the_comparisons_of_the_answer(study: Study) -> 
     lines = before_after(study, rows, ALIGNED, held)
     assert "the refusal rate is not distinguishable" in answer(study, rows, ALIGNED, held)[0]
     assert in_short(study, rows, ALIGNED, lines, held)[0].startswith(
-        "Fine-tuning without projection did not measurably lower the refusal rate"
+        "Fine-tuning without Safe LoRA did not measurably lower the refusal rate"
     )
 
 
@@ -186,7 +185,7 @@ def test_a_point_that_holds_the_floor_without_projection_and_is_the_more_useful_
     ]
     projection = short(study, rows)[1]
     assert projection.endswith(
-        "; without projection a point meets the floor and is the one that `ebbline pick` "
+        "; without Safe LoRA a point meets the floor and is the one that `ebbline pick` "
         "names: small refuses 95.0% [91.0, 97.3]"
         " at a task accuracy of 80.0% [73.9, 85.0]."
     )

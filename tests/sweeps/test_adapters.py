@@ -14,7 +14,7 @@ from optuna.trial import TrialState, create_trial
 
 from ebbline.analysis.results.collect import collect
 from ebbline.analysis.results.comparison import same_settings
-from ebbline.analysis.results.measurements import partners, unprojected
+from ebbline.analysis.results.measurements import partners, undefended
 from ebbline.analysis.results.tables import frontier_cells, results_frame
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.search.importance import importances
@@ -309,7 +309,7 @@ def test_tables_partners_and_importance_keep_the_two_kinds_apart(driven):
             if own != "trained"} == {"-"}  # fmt: skip
     plain = [result for result in results if is_as_trained(result)]
     assert {brought(result.point) for result in plain} == {None, *ADAPTERS}
-    assert len(unprojected(results)) == len(partners(results)) == 4  # ranks 2 and 4, two adapters
+    assert len(undefended(results)) == len(partners(results)) == 4  # ranks 2 and 4, two adapters
     axes = importances(found, results)[found.objectives[0]]
     assert axes.without["train.rank"] == axes.without["adapter"] == "not every point has it"
 

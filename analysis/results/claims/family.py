@@ -74,7 +74,7 @@ def one_family(
     """These comparisons, corrected together (`statistics.corrected`) in place of part by part."""
     compared = [
         *(change for line in lines for change in line.changes.values()),
-        *(each for own in moves.values() for each in (*own.by_tuning, *own.by_projection)),
+        *(each for own in moves.values() for each in (*own.by_tuning, *own.by_defence)),
         *(each for pair in against for each in pair.at_point.values()),
     ]
     given = [
@@ -92,7 +92,7 @@ def one_family(
             model: replace(
                 own,
                 by_tuning=list(islice(found, len(own.by_tuning))),
-                by_projection=list(islice(found, len(own.by_projection))),
+                by_defence=list(islice(found, len(own.by_defence))),
             )
             for model, own in moves.items()
         },

@@ -15,7 +15,7 @@ from ebbline.analysis.results.measurements import (
     Evidence,
     Measurement,
     compared,
-    is_projected,
+    is_defended,
     measurement,
     refusal_metric,
     usefulness_metric,
@@ -77,9 +77,8 @@ def besides(results: Sequence[Result], controls: Sequence[ControlResult]) -> lis
     listed = []
     for (model, defence, control), settings in found.items():
         draws = sorted({draw for own in settings.values() for draw in own})
-        partners = distinct(
-            [done[number] for number, own in settings.items() if sorted(own) == draws]
-        )
+        complete = [done[number] for number, own in settings.items() if sorted(own) == draws]
+        partners = [each for own in by_training(complete).values() for each in distinct(own)]
         if partners:
             columns = tuple(
                 tuple(settings[partner.number][draw] for partner in partners) for draw in draws
@@ -160,14 +159,21 @@ def against_defences(study: Study, results: Sequence[Result], evidence: Evidence
 
 
 def defended(results: Sequence[Result], model: str) -> dict[str, list[Result]]:
-    """Defence -> its results on a model with distinct adapters that it changed. The order is that
-    of the list of defences, so that two models compare a pair the same way round.
+    """Defence -> its results on a model that it changed, of each training those with distinct
+    adapters. The order is that of the list of defences, so that two models compare a pair the same
+    way round.
+
+    Two trainings may give one adapter, as where all modules are dropped: it is one of each.
     """
     arms: dict[str, list[Result]] = {}
     for result in finished(results):
-        if result.point.model == model and is_projected(result):
+        if result.point.model == model and is_defended(result):
             arms.setdefault(defence_of(result.point).name, []).append(result)
-    return {name: distinct(arms[name]) for name in DEFENCES if name in arms}
+    return {
+        name: [each for own in by_training(arms[name]).values() for each in distinct(own)]
+        for name in DEFENCES
+        if name in arms
+    }
 
 
 def by_training(results: Sequence[Result]) -> dict[Point, list[Result]]:

@@ -1,5 +1,6 @@
 """The names of defences and controls in sentences, tables and figures."""
 
+from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.in_use import DEFENCES
 
 EQUAL_NORM = "shrink_matched"
@@ -14,6 +15,12 @@ CONTROLS_EXPLAINED = (
     "length that the defence leaves it. A random subspace takes the place of alignment's, at the "
     "same length. Random modules are as many others of each type, changed in the same way."
 )
+
+
+def defence_of_study(study: Study) -> str:
+    """The name of a study's defence in a sentence; "a defence" where it has several."""
+    own = [each.words.name for each in study.used_defences if each.method is not None]
+    return own[0] if len(own) == 1 else "a defence"
 
 
 def defence_label(name: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.labelled.sheet import Measure
-from ebbline.analysis.results.measurements import is_projected
+from ebbline.analysis.results.measurements import is_defended
 from ebbline.analysis.results.tables import shipped
 from ebbline.analysis.results.wording import natural
 from ebbline.cluster.store.resolver import Resolver
@@ -76,8 +76,8 @@ class Completions:
             own = [result for result in done.values() if result.point.model == model]
             states = {
                 "before fine-tuning": list(before[model]),
-                "fine-tuned": [s for r in own if not is_projected(r) for s in self._of(r, stages)],
-                "defended": [s for r in own if is_projected(r) for s in self._of(r, stages)],
+                "fine-tuned": [s for r in own if not is_defended(r) for s in self._of(r, stages)],
+                "defended": [s for r in own if is_defended(r) for s in self._of(r, stages)],
             }
             for state, scored in states.items():
                 found = {each.key: each for each in self._generations(scored)}

@@ -208,8 +208,8 @@ def pick(
     """The finished result with the highest `maximised` among those that stand best to the floors.
 
     Confirmed points come first, then candidates. If none of them meets the floors, it is the
-    nearest: the one whose worst miss is the smallest. None without a finished result. Projected and
-    unprojected points count alike. With `confidence` a candidate's bound must meet the floor,
+    nearest: the one whose worst miss is the smallest. None without a finished result. Defended and
+    undefended points count alike. With `confidence` a candidate's bound must meet the floor,
     corrected for the pick. With `number` that point is picked, whatever its metrics are. With
     `margin`, of the results that stand best and whose `maximised` is at most that much below the
     highest, only those with the simplest defence count.
