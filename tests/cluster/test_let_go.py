@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ebbline.cluster import digest_set
 from ebbline.cluster.running import let_go
 from ebbline.cluster.running.let_go import LetGo
 
@@ -24,7 +25,8 @@ def node(number, reused=False):
 
 
 def test_stages_are_found_taken_and_added_again_as_in_a_dictionary(monkeypatch):
-    monkeypatch.setattr(let_go, "PACK_AT", 7)
+    for module in (let_go, digest_set):
+        monkeypatch.setattr(module, "PACK_AT", 7)
     rng, found, expected, made = random.Random(0), LetGo(), {}, set()
     for _ in range(2000):
         number = rng.randrange(150)
