@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ebbline.cluster.digest_set import PACK_AT, DigestSet, digests_of, place_of, whole
 from ebbline.cluster.running.nodes import Node
+from ebbline.cluster.schedule.digest_set import PACK_AT, DigestSet, digests_of, place_of, whole
 
 
 class LetGo:

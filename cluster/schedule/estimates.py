@@ -14,12 +14,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeAlias
 
-from ebbline.cluster.digest_set import DigestSet
 from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR
 from ebbline.cluster.executors.executor import Capacity, Needs
 from ebbline.cluster.executors.starts import StartCosts, Starts
 from ebbline.cluster.schedule.costs import named_type
 from ebbline.cluster.schedule.counted_work import load_of, machine_of, seconds_on
+from ebbline.cluster.schedule.digest_set import DigestSet
 from ebbline.cluster.schedule.needs import default_needs
 from ebbline.cluster.schedule.pace import Pace
 from ebbline.cluster.store.artifacts import Artifact, Store

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebbline.cluster import digest_set
 from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, Capacity, Host, Needs
 from ebbline.cluster.executors.starts import StartCosts, Starts, WarmProcesses
+from ebbline.cluster.schedule import digest_set
 from ebbline.cluster.schedule.counted_work import load_of, machine_of, seconds_on
 from ebbline.cluster.schedule.estimates import Estimates, _interpolated, load_record
 from ebbline.cluster.store.artifacts import Store

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ebbline.cluster import digest_set
 from ebbline.cluster.running import let_go
 from ebbline.cluster.running.let_go import LetGo
+from ebbline.cluster.schedule import digest_set
 
 
 def sha(number: int, what: str) -> str:
