@@ -102,6 +102,9 @@ def written(folder: Path) -> dict[str, int]:
 def test_outputs_are_made_again_after_a_change_and_only_then(
     mine: Mine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whole commands on one home: only here are the files on the disk compared before and after an
+    edit by hand, a deletion, a changed file of the store, a pick, and a kill.
+    """
     # A commit in the meantime is a change
     monkeypatch.setattr("ebbline.analysis.report.made.build", lambda: "ebbline")
     first = mine.run()
