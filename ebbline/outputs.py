@@ -14,6 +14,7 @@ from ebbline.analysis.figures.projection import projection_figures
 from ebbline.analysis.report.attempts import LOG, Attempts
 from ebbline.analysis.report.defence_words import control_sentences
 from ebbline.analysis.report.findings import figures_of, findings
+from ebbline.analysis.report.made import Made, made_of
 from ebbline.analysis.report.provenance import provenance
 from ebbline.analysis.report.report import write_report
 from ebbline.analysis.report.second_process import SecondProcess
@@ -55,7 +56,8 @@ from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
-from ebbline.tasks.errors import StudyError
+from ebbline.tasks.errors import EbblineError, StudyError
+from ebbline.tasks.identity import READ
 
 
 def attempts_of(view: StudyView) -> Attempts:
@@ -83,15 +85,48 @@ def write_outputs(
     attempts: Attempts | None = None,
     second: SecondProcess | None = None,
 ) -> dict[str, Path]:
-    """Write the tables, then the figures and the report of `results`. Returns name -> path of each
-    output. `second` makes some parts beside the others.
+    """Write the tables, then the figures and the report of `results`, unless they are there and
+    nothing has changed. Returns name -> path of each output. `second` makes some parts beside the
+    others.
 
     What fails is noted in `attempts`, and the other outputs are written.
     """
-    second = second or SecondProcess()
-    study, home, folder = view.study, view.home, view.folder
     attempts = attempts_of(view) if attempts is None else attempts
-    make, paths = attempts.make, dict[str, Path]()
+    controls = attempts.make("the controls", lambda: collect_controls(view, results))
+    made = Made(view.folder, _made_of(view, results, controls or ()))
+    unchanged = None if attempts.failed else made.unchanged()
+    if unchanged is not None:
+        return unchanged
+    made.begin()
+    with READ.noted() as read:
+        paths, written = _written(
+            view, results, controls or [], attempts, second or SecondProcess()
+        )
+    if made.of and not attempts.failed:
+        made.end(paths, written, read)
+    return paths
+
+
+def _made_of(view: StudyView, results: Sequence[Result], controls: Sequence[ControlResult]) -> str:
+    """A digest of what the outputs show; empty where a part cannot be read, as that part then
+    says.
+    """
+    try:
+        return made_of(view, results, controls, [Path(__file__)])
+    except (EbblineError, OSError):
+        return ""
+
+
+def _written(
+    view: StudyView,
+    results: Sequence[Result],
+    controls: Sequence[ControlResult],
+    attempts: Attempts,
+    second: SecondProcess,
+) -> tuple[dict[str, Path], list[Path]]:
+    """Name -> path of each output to print, and all files."""
+    study, home, folder = view.study, view.home, view.folder
+    make, paths, written = attempts.make, dict[str, Path](), list[Path]()
     importance = second.start(importances, study, results)  # first: it takes longest
     tables = make(
         "the tables",
@@ -99,6 +134,7 @@ def write_outputs(
     )
     if tables is not None:
         _, paths["results"], paths["frontier"] = tables
+        written += tables
     before = make("the models before fine-tuning", lambda: baselines(view)) or {}
     evidence = make("the samples", lambda: StoredEvidence(view)) or NO_EVIDENCE
     picked = make("the recorded pick", lambda: chosen(results, folder)) or ()
@@ -106,7 +142,9 @@ def write_outputs(
     projected = make("what was projected", lambda: projections(study, results, home)) or {}
     maps = make("the figures of what was projected", lambda: projection_figures(projected)) or {}
     for name, figure in maps.items():
-        if make(f"the figure {name}", partial(save_png, figure, folder, name)) is not None:
+        saved = make(f"the figure {name}", partial(save_png, figure, folder, name))
+        if saved is not None:
+            written.append(saved)
             printed[name] = second.start(save_pdf, figure, folder, name)
     categories = make(
         "the table by category",
@@ -114,7 +152,6 @@ def write_outputs(
     )
     if categories is not None:
         paths["categories"] = categories
-    controls = make("the controls", lambda: collect_controls(view, results)) or []
     if controls:
         listed = make(
             "the table of controls",
@@ -143,6 +180,7 @@ def write_outputs(
     for name, each in drawn.items():
         saved = make(f"the figure {name}", partial(save_png, each.figure, folder, name))
         if saved is not None:
+            written.append(saved)
             printed[name] = second.start(save_pdf, each.figure, folder, name)
             if name == "frontier":
                 paths["figure"] = saved
@@ -176,9 +214,10 @@ def write_outputs(
     )
     if report is not None:
         paths["report"] = report
-    for name, pdf in printed.items():
-        make(f"the figure {name}", pdf)
-    return paths
+    for name, draw in printed.items():
+        pdf = make(f"the figure {name}", draw)
+        written += [] if pdf is None else [pdf]
+    return paths, list(dict.fromkeys([*written, *paths.values()]))
 
 
 def answer_text(

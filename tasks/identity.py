@@ -11,7 +11,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from ebbline.tasks.errors import DataError, UnstableValue
@@ -130,6 +130,16 @@ class FileDigests:
     ) -> None:
         self.known, self._settled_ns, self._kept = dict(known), settled_ns, kept
         self._lock = threading.Lock()
+        self._noted: dict[Path, str] | None = None
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[Mapping[Path, str]]:
+        """The files that are asked for inside the `with`, each with its stamp."""
+        before, self._noted = self._noted, {}
+        try:
+            yield self._noted
+        finally:
+            self._noted = before
 
     def of(
         self,
@@ -141,6 +151,8 @@ class FileDigests:
         when the computation began, if that was before this call.
         """
         stamp, stat = stamp_of(path), path.stat()
+        if self._noted is not None:
+            self._noted[path] = stamp
         kept = self._kept if stat.st_size >= KEPT_BYTES else None
         if stamp not in self.known and kept is not None:
             self.known = {**_cached(kept()), **self.known}

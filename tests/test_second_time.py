@@ -1,6 +1,7 @@
 """Every command on a study that has run, a second time; and a run whose outputs cannot be made."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,63 @@ def test_a_study_with_a_budget_and_no_search_continues_by_every_command(mine: Mi
     assert "broken/study.json cannot be read" in done.output
     failed = mine("status", "broken", code=1)
     assert "broken/study.json cannot be read" in failed.output and "Traceback" not in failed.output
+
+
+def written(folder: Path) -> dict[str, int]:
+    """When each output was written, in ns. The plan's picture is drawn before the run."""
+    kinds = (".png", ".pdf", ".csv", ".parquet", ".html")
+    return {
+        path.name: path.stat().st_mtime_ns
+        for path in folder.iterdir()
+        if path.suffix in kinds and path.stem != "plan"
+    }
+
+
+@pytest.mark.slow
+def test_outputs_are_made_again_after_a_change_and_only_then(
+    mine: Mine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole commands on one home: only here are the files on the disk compared before and after an
+    edit by hand, a deletion, a changed file of the store, a pick, and a kill.
+    """
+    # A commit in the meantime is a change
+    monkeypatch.setattr("ebbline.analysis.report.made.build", lambda: "ebbline")
+    first = mine.run()
+    folder = mine.home.folder("tiny")
+    made, kept = written(folder), folder / "outputs.cache"
+    assert {"report.html", "results.parquet", "frontier.png", "frontier.pdf"} <= made.keys()
+    again = mine.run()
+    printed = mine("report", "tiny").output
+    assert written(folder) == made
+    assert printed in first.output and printed in again.output
+
+    def made_again(*arguments: str) -> None:
+        nonlocal made
+        before, made = made, (mine(*arguments), written(folder))[1]
+        assert made.keys() == before.keys()
+        assert all(made[name] > before[name] for name in before)
+        assert (mine("report", "tiny"), written(folder))[1] == made
+
+    (folder / "report.html").write_text("mine")  # edited by hand
+    made_again("report", "tiny")
+    assert (folder / "report.html").read_text() != "mine"
+    (folder / "frontier.pdf").unlink()
+    made_again("report", "tiny")
+    read = next(Path(name) for name in json.loads(kept.read_text())["stamps"] if "/" in name)
+    os.utime(read)  # a file of the store
+    made_again("report", "tiny")
+    mine("pick", "tiny", "--accept-unsure")
+    made_again("report", "tiny")
+    with monkeypatch.context() as patched:
+        patched.setattr("ebbline.outputs.write_report", killed)
+        (folder / "frontier.csv").unlink()
+        mine("report", "tiny", code=130)
+    assert not kept.exists()
+    made_again("report", "tiny")
+
+
+def killed(*arguments: Any) -> Any:
+    raise KeyboardInterrupt
 
 
 def fails(*arguments: Any, **named: Any) -> Any:

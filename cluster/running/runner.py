@@ -148,6 +148,7 @@ class Runner:
         for node in self.nodes.values():
             node.downstream = [each for each in node.downstream if each.stage.lineage not in gone]
         self.estimates.forget(gone)
+        self._starter.forget(node.key for node in gone.values())
         return list(gone)
 
     def _move(self, node: Node, state: State, reused: bool | None = None) -> None:

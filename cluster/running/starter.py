@@ -56,6 +56,10 @@ class Starter:
         # Job -> its category of overhead (ebbline.cluster.executors.starts)
         self._starting: dict[str, tuple[str | None, int, bool]] = {}
 
+    def forget(self, keys: Iterable[str]) -> None:
+        """Forget what was found out about stages that are let go."""
+        self._packing.forget(keys)
+
     def start(
         self, running: dict[str, Running], running_needs: Iterable[tuple[Needs, float]]
     ) -> dict[str, Path]:

@@ -8,16 +8,18 @@ by the run's pace (ebbline.cluster.schedule.pace).
 
 import itertools
 import math
-from collections import Counter, defaultdict, deque
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeAlias
 
 from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR
 from ebbline.cluster.executors.executor import Capacity, Needs
 from ebbline.cluster.executors.starts import StartCosts, Starts
 from ebbline.cluster.schedule.costs import named_type
 from ebbline.cluster.schedule.counted_work import load_of, machine_of, seconds_on
+from ebbline.cluster.schedule.digest_set import DigestSet
 from ebbline.cluster.schedule.needs import default_needs
 from ebbline.cluster.schedule.pace import Pace
 from ebbline.cluster.store.artifacts import Artifact, Store
@@ -33,6 +35,8 @@ READ = 1000  # records of a kind; in key order, which is random because keys are
 NEAR = (0.25, 4.0)  # counted work of a measured stage that a guessed one can be compared with
 ENOUGH = 10  # the fewest defended adapters for a share of distinct ones
 Category = tuple[Any, ...]
+Latest: TypeAlias = "array[float]"
+"""At most REMEMBERED measurements, oldest first: many categories have one or two."""
 
 
 class Estimates:
@@ -56,22 +60,21 @@ class Estimates:
         self._starts = Starts(start_costs)
         self.seconds_by_key: dict[str, float] = {}  # measured, of the records of earlier runs
         self.generations: set[str] = set()  # keys, of the same records
-        self._learnt: set[bytes] = set()  # keys
+        self._learnt = DigestSet()  # keys
         # Category -> counted seconds -> measured over counted seconds
-        self._factors: dict[Category, dict[float, deque[float]]] = defaultdict(dict)
+        self._factors: dict[Category, dict[float, Latest]] = defaultdict(dict)
         # Measured seconds of records without counted work
-        self._uncounted: dict[Category, deque[float]] = defaultdict(
-            lambda: deque(maxlen=REMEMBERED)
-        )
+        self._uncounted: dict[Category, Latest] = defaultdict(_none)
         self._loads: dict[str, Load] = {}
         self._guessed: dict[str, bool] = {}
         # Equal categories and counted work mean equal predictions: (these, by number), and by
         # lineage and (GPUs, their type) the number of a stage
-        self._alike: list[tuple[tuple[Category, ...], float]] = []
+        self._next_number = itertools.count()
+        self._alike: dict[int, tuple[tuple[Category, ...], float]] = {}
         self._numbers: dict[tuple[tuple[Category, ...], float], int] = {}
         self._number_of: dict[str, dict[tuple[int, str | None], int]] = defaultdict(dict)
         self._predictions: dict[int, float] = {}  # by number, until the next measurement
-        self._adapters: list[str] = []  # contents of defended adapters
+        self._adapters, self._defended = DigestSet(), 0  # contents, and how many adapters had them
         # The same of this run. Those of earlier runs count times its pace, these as they are
         self._of_run = self._factors  # until the earlier ones are read
         self._paces: dict[Category, Pace] = defaultdict(Pace)
@@ -118,11 +121,12 @@ class Estimates:
         provenance, seconds = artifact.provenance, _measured_s(artifact)
         gpus, gpu_type = int(provenance.get("gpus", 0)), provenance.get("gpu_type")
         if artifact.kind in MAKERS:
-            self._adapters.append(artifact.content)
+            self._adapters.add(bytes.fromhex(artifact.content))
+            self._defended += 1
         categories = _categories(artifact.kind, artifact.hashed["spec"], gpus, gpu_type)
         if "load" not in provenance:
             for category in categories:
-                self._uncounted[category].append(seconds)
+                _remember(self._uncounted[category], seconds)
         else:
             counted = _counted(Load(**provenance["load"]), gpus, gpu_type)
             *own, machine = categories
@@ -134,9 +138,8 @@ class Estimates:
                 usual_s = counted * _interpolated(self._factors[predicted_by], counted)
                 self._paces[machine].learn(usual_s, seconds)
             for category in categories:
-                self._of_run[category].setdefault(
-                    _rounded(counted), deque(maxlen=REMEMBERED)
-                ).append(seconds / counted)
+                measured = self._of_run[category].setdefault(_rounded(counted), _none())
+                _remember(measured, seconds / counted)
         self._predictions.clear()
 
     @property
@@ -153,9 +156,7 @@ class Estimates:
         ENOUGH.
         """
         self._read()
-        return (
-            len(set(self._adapters)) / len(self._adapters) if len(self._adapters) >= ENOUGH else 1.0
-        )
+        return len(self._adapters) / self._defended if self._defended >= ENOUGH else 1.0
 
     def load(self, stage: Stage) -> Load:
         """The counted work of a stage, cached by its lineage."""
@@ -181,6 +182,10 @@ class Estimates:
         for lineage in lineages:
             for kept in (self._loads, self._guessed, self._number_of):
                 kept.pop(lineage, None)
+        used = {number for numbers in self._number_of.values() for number in numbers.values()}
+        for number in self._alike.keys() - used:
+            del self._numbers[self._alike.pop(number)]
+            self._predictions.pop(number, None)
 
     def budgeted(self, stage: Stage, needs: Needs) -> float:
         """The seconds that a budget counts before a stage starts: the predicted ones, or none while
@@ -222,8 +227,8 @@ class Estimates:
         counted = _counted(self.load(stage), gpus, gpu_type)
         alike = tuple(_categories(stage.kind, vars(stage.spec), gpus, gpu_type)), counted
         if alike not in self._numbers:
-            self._numbers[alike] = len(self._alike)
-            self._alike.append(alike)
+            number = self._numbers[alike] = next(self._next_number)
+            self._alike[number] = alike
         return self._numbers[alike]
 
     def _seconds(self, categories: Sequence[Category], counted: float) -> float:
@@ -250,6 +255,15 @@ class Estimates:
             },
             counted,
         )
+
+
+def _none() -> Latest:
+    return array("d")
+
+
+def _remember(latest: Latest, measured: float) -> None:
+    latest.append(measured)
+    del latest[:-REMEMBERED]
 
 
 def _measured_s(artifact: Artifact) -> float:

@@ -5,7 +5,7 @@ Invariant: packing changes no key, because each member of a pack is committed as
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,11 @@ class Packing:
                     self._shares[same_memory] = self._share(stage, stage.spec, gpu)
                 shares[gpu] = self._shares[same_memory]
         return name, shares
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Forget trainings that are done."""
+        for key in keys:
+            self._by_key.pop(key, None)
 
     def _share(self, stage: Stage, spec: TrainSpec, gpu: str | None) -> float:
         most = self._profile.pack

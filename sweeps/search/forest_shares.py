@@ -11,10 +11,13 @@ Arrays: T trees, N nodes or leaves of all trees, F columns of the forest, P poin
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.ensemble import RandomForestRegressor
+
+if TYPE_CHECKING:
+    from sklearn.ensemble import RandomForestRegressor
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -55,6 +58,8 @@ def forest_shares(
     columns: Mapping[str, Column], values: Sequence[float], rows: Sequence[int], trees: int
 ) -> dict[str, float] | None:
     """The share of each axis, in [0, 1], from the points `rows`; None when no tree has a split."""
+    from sklearn.ensemble import RandomForestRegressor  # slow; a finished study may not need it
+
     names = sorted(columns)  # the order of Optuna's evaluator, which the forest's seed depends on
     encoded = [columns[name].encoded(rows) for name in names]
     forest = RandomForestRegressor(trees, max_depth=64, random_state=0)
@@ -83,7 +88,7 @@ def forest_shares(
     return {name: found[name] for name in columns}
 
 
-def _leaves(forest: RandomForestRegressor, bounds_F2: Array) -> tuple[_Leaves, Array]:
+def _leaves(forest: "RandomForestRegressor", bounds_F2: Array) -> tuple[_Leaves, Array]:
     """The leaves of a forest, and each one's share of the space's volume.
 
     Numbers of a column are scaled to [0, 1].

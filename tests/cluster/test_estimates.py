@@ -2,12 +2,16 @@
 And the overhead of jobs.
 """
 
+import tracemalloc
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, Capacity, Host, Needs
 from ebbline.cluster.executors.starts import StartCosts, Starts, WarmProcesses
+from ebbline.cluster.schedule import digest_set
 from ebbline.cluster.schedule.counted_work import load_of, machine_of, seconds_on
 from ebbline.cluster.schedule.estimates import Estimates, _interpolated, load_record
 from ebbline.cluster.store.artifacts import Store
@@ -45,6 +49,33 @@ def record(
 
 def counted(stage: Stage, gpu_type: str | None = None, gpus: int = 1) -> float:
     return seconds_on(machine_of(gpu_type), load_of(stage), gpus)
+
+
+def test_a_landed_stage_leaves_its_digest_and_nothing_else(store, monkeypatch):
+    """A driver of a long study learns tens of thousands of stages."""
+    monkeypatch.setattr(digest_set, "PACK_AT", 500)
+    made, count = record(store, one_of("apply"), 50.0, content="one"), 2000
+    estimates = Estimates(store)
+    estimates.learn([made])
+    keys = [(digest(number), digest(-1 - number)) for number in range(count)]
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for key, content in keys:
+            estimates.learn([replace(made, key=key, content=content)])
+        assert (tracemalloc.get_traced_memory()[0] - before) / count < 100  # of two digests
+    finally:
+        tracemalloc.stop()
+    assert estimates.distinct_adapters == 1.0
+
+
+def test_a_prediction_that_no_stage_needs_any_more_is_let_go(store):
+    record(store, train(steps=100), 50.0)
+    estimates, stages = Estimates(store), [train(steps=steps) for steps in range(100, 120)]
+    before = [estimates.seconds(stage) for stage in stages]
+    estimates.forget(stage.lineage for stage in stages[1:])
+    assert len(estimates._alike) == len(estimates._numbers) == len(estimates._predictions) == 1
+    assert [estimates.seconds(stage) for stage in stages] == before
 
 
 def test_without_measurements_the_prediction_is_the_counted_work(store):

@@ -9,6 +9,7 @@ import pytest
 
 from ebbline.cluster.running import let_go
 from ebbline.cluster.running.let_go import LetGo
+from ebbline.cluster.schedule import digest_set
 
 
 def sha(number: int, what: str) -> str:
@@ -24,7 +25,8 @@ def node(number, reused=False):
 
 
 def test_stages_are_found_taken_and_added_again_as_in_a_dictionary(monkeypatch):
-    monkeypatch.setattr(let_go, "PACK_AT", 7)
+    for module in (let_go, digest_set):
+        monkeypatch.setattr(module, "PACK_AT", 7)
     rng, found, expected, made = random.Random(0), LetGo(), {}, set()
     for _ in range(2000):
         number = rng.randrange(150)

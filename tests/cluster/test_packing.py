@@ -114,6 +114,8 @@ def test_a_larger_rank_takes_a_larger_share_of_the_same_gpu(tmp_path):
         memory_gb = WIDE["A100"].memory_gb
         assert shares[rank] == 1 / most_packed(LLAMA_2["7b"], spec, memory_gb, MOST)
     assert shares[8] < shares[256]
+    packing.forget(["rank 8", "rank 256", "another"])
+    assert not packing._by_key, "a landed training takes memory"
 
 
 def test_without_a_memory_prediction_for_its_model_a_training_runs_alone(tmp_path, caplog):

@@ -91,6 +91,7 @@ DAMAGES: dict[str, Make] = {
     "cache_text": holding(TINY / "results.cache", "hello\nhello\n"),
     "cache_binary": holding(TINY / "results.cache", b"\xff\xfe\x00\n"),
     "cache_deep": holding(TINY / "results.cache", DEEP + "\n"),
+    "cache_outputs": holding(TINY / "outputs.cache", DEEP),
     "live_text": holding(TINY / "live.json", "hello"),
     "live_binary": holding(TINY / "live.json", b"\xff\xfe"),
     "live_deep": holding(TINY / "live.json", DEEP),
