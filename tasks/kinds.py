@@ -60,9 +60,11 @@ def kind_named(name: str) -> StageKind[Any]:
 
 
 def import_kinds_without_gpu() -> None:
-    """Import the functions of the kinds that run without a GPU, and torch with some of them."""
+    """Import the functions of the kinds that run without a GPU for each adapter or point, and torch
+    with some of them. A study has fewer stages of the others, and two of these import transformers.
+    """
     for kind in STAGE_KINDS.values():
-        if kind.gpus is no_gpu:
+        if kind.gpus is no_gpu and kind.belongs_to in ("adapter", "point"):
             kind.load_function()
 
 

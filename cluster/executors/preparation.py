@@ -1,7 +1,8 @@
 """What a worker's process without a GPU imports while it waits for its next job.
 
-So a process that has made data has torch by the time the first training is projected. One process
-has one preparation: the state is the module's.
+So a process that has made data has torch by the time the first training is projected. It imports no
+transformers, because the cores that it would take are those of the trainings. One process has one
+preparation: the state is the module's.
 """
 
 import threading

@@ -38,6 +38,7 @@ from ebbline.cluster.executors.executor import (
 )
 from ebbline.cluster.executors.job_processes import JobProcesses, at, own_gpu_type
 from ebbline.cluster.executors.ray_hosts import RayHosts
+from ebbline.cluster.executors.ray_processes import without_unused_processes
 from ebbline.cluster.executors.this_machine import (
     VISIBLE,
     only_visible,
@@ -81,8 +82,12 @@ class RayExecutor(Executor):
                 inherited = _variables(_threads(bool(own), local["num_gpus"]))
         # Ray puts the driver's folder first on its workers' import path. That folder may contain
         # a module `tasks` or `datasets` of the user, so Ray starts in /.
-        visible = only_visible(own) if address == "local" else contextlib.nullcontext()
-        with contextlib.chdir("/"), visible, patched_environment(inherited):
+        with contextlib.ExitStack() as around:
+            around.enter_context(contextlib.chdir("/"))
+            if address == "local":
+                around.enter_context(only_visible(own))
+                around.enter_context(without_unused_processes())
+            around.enter_context(patched_environment(inherited))
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
         context = ray.get_runtime_context()
         self._hosts = RayHosts(context.gcs_address)

@@ -244,6 +244,11 @@ class Runner:
         """The first node with this key."""
         return self._by_key[key][0]
 
+    def start(self) -> None:
+        """Start what fits now, without waiting for anything."""
+        if not self.draining:
+            self._start()
+
     def step(self, timeout_s: float = 0.5, started: Callable[[], None] = lambda: None) -> None:
         """Start what fits, wait at most `timeout_s`, and record finished stages.
 

@@ -3,9 +3,10 @@
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ebbline.cluster.running.nodes import Node, Setup
@@ -74,17 +75,24 @@ class Timing:
         return self.seconds(node) if left_s is None else elapsed_s + left_s
 
     def paths(
-        self, nodes: Iterable[Node], known: dict[str, float] | None = None
+        self,
+        nodes: Iterable[Node],
+        known: dict[str, float] | None = None,
+        own_s: Mapping[str, float] = MappingProxyType({}),
     ) -> dict[str, float]:
         """Lineage -> seconds of the longest chain of open stages that starts there. It has the
         downstream stages too; those in `known` are not computed again, and new ones are added.
+        `own_s` has the seconds of stages, by lineage, as far as the caller has computed them.
         """
         paths = {} if known is None else known
 
         def path(node: Node) -> float:
             lineage = node.stage.lineage
             if lineage not in paths:
-                own = 0.0 if node.state in ("done", "failed") else self.seconds(node)
+                if node.state in ("done", "failed"):
+                    own = 0.0
+                else:
+                    own = own_s[lineage] if lineage in own_s else self.seconds(node)
                 paths[lineage] = own + max((path(below) for below in node.downstream), default=0.0)
             return paths[lineage]
 
@@ -99,8 +107,11 @@ class Timing:
         nodes = list(nodes)
         if not nodes:
             return 0.0
-        chains = self.paths(nodes)
-        work = sum(self.seconds(node) * self._setup.needs_of(node.stage).gpus for node in nodes)
+        own_s = {node.stage.lineage: self.seconds(node) for node in nodes}  # most of the time
+        chains = self.paths(nodes, own_s=own_s)
+        work = sum(
+            own_s[node.stage.lineage] * self._setup.needs_of(node.stage).gpus for node in nodes
+        )
         gpus = max(1, self._setup.executor.capacity().gpus)
         return max([work / gpus, *(chains[node.stage.lineage] for node in nodes)], default=0.0)
 
@@ -108,6 +119,8 @@ class Timing:
         """The seconds that a running stage has left, by the mean of its own steps. The first step
         is not counted, because it includes the setup. None before its second step.
         """
-        progress = self.last_progress(node) if node.state == "running" else {}
+        if node.state != "running":
+            return None
+        progress = self.last_progress(node)
         own, left = progress.get("own", 0), progress.get("total", 0) - progress.get("done", 0)
         return float(progress["own_seconds"] * left / (own - 1)) if own > 1 else None

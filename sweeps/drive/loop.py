@@ -291,6 +291,8 @@ class _Drive:
             self.in_flight.append(entry)
             self.unaffordable = start_affordable([entry], self.runner, self.budget_gate.affords)
             self._request_more(entry)
+            if not self.runner.running:
+                self.runner.start()  # workers begin while the rest of a window is asked for
 
     def _may_ask(self) -> bool:
         progress = self.progress

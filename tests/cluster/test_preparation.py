@@ -1,10 +1,14 @@
 """A waiting process imports what it will need; a job that comes meanwhile waits for that."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
 
 from ebbline.cluster.executors import preparation
+from ebbline.tasks.kinds import import_kinds_without_gpu
+from ebbline.tasks.stage_kind import StageKind
 
 
 @pytest.fixture
@@ -44,3 +48,21 @@ def test_a_job_waits_for_an_import_that_has_begun_and_it_happens_once(imports) -
     preparation.after_a_job()
     preparation.before_a_job()
     assert log == ["imported"]
+
+
+def test_a_waiting_process_imports_what_each_adapter_or_point_needs(monkeypatch) -> None:
+    """`convert` and `adapter` import transformers: three seconds of a core in each process."""
+    loaded = list[str]()
+    monkeypatch.setattr(StageKind, "load_function", lambda kind: loaded.append(kind.name))
+    import_kinds_without_gpu()
+    assert set(loaded) == {"project", "apply", "measure", "defend", "score"}
+
+
+@pytest.mark.process
+def test_a_waiting_process_imports_torch_but_not_transformers() -> None:
+    code = (
+        "import sys; from ebbline.tasks.kinds import import_kinds_without_gpu as prepare;"
+        " prepare(); print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["True", "False"]

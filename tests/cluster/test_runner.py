@@ -633,6 +633,16 @@ def test_the_remaining_time_is_that_of_the_longest_branch(store, pool):
     assert runner.remaining_s() == 9.0 + 4.0
 
 
+def test_the_remaining_time_asks_once_for_the_seconds_of_each_stage(store, pool):
+    """The live page asks for it each second, of all open stages."""
+    runner, asked = Runner(store, Counting()), list[str]()
+    runner.estimates.seconds = lambda stage, needs: asked.append(stage.lineage) or 1.0
+    runner.add([rows(3, rows(9, pool)), rows(4, rows(9, pool))])
+    asked.clear()
+    assert runner.remaining_s() == 2.0
+    assert len(asked) == len(set(asked)) == 3
+
+
 def test_the_remaining_time_of_a_running_stage_uses_its_own_steps_without_the_first(
     store, pool, monkeypatch
 ):

@@ -11,7 +11,7 @@ import pytest
 
 from ebbline.analysis.results.collect import collect
 from ebbline.sweeps.drive.loop import drive
-from ebbline.sweeps.search.searcher import all_points, space
+from ebbline.sweeps.search.searcher import StudySearcher, all_points, space
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.state.trials import Trials
 from ebbline.sweeps.study.home import Home
@@ -309,3 +309,18 @@ def test_a_grid_fills_its_window_where_no_result_decides_what_comes(tmp_path, se
         lambda progress: in_flight.append(len(progress.in_flight)),
     )
     assert max(in_flight) <= 6 and next(filter(None, in_flight)) == most
+
+
+def test_workers_begin_while_the_rest_of_a_window_is_asked_for(tmp_path, monkeypatch):
+    """A grid asks for its whole window before the first turn of the loop."""
+    found = small(tmp_path, search={"sampler": "grid", "window": 6})
+    home = Home(tmp_path / "home")
+    executor, busy, ask = Pretended(home.store), list[bool](), StudySearcher.ask
+
+    def noted(searcher, knowledge):
+        busy.append(bool(executor.requests))
+        return ask(searcher, knowledge)
+
+    monkeypatch.setattr(StudySearcher, "ask", noted)
+    drive(StudyView(found, home), lambda: executor)
+    assert busy[:6] == [False, *[True] * 5]
