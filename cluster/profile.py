@@ -155,8 +155,8 @@ class Profile(Frozen):
                   `memory_gb`; without `memory_gb` each trains alone
     wandb_points  the most points with a W&B run of their own; the other points are rows of a table
                   in their training's run
-    wandb_alerts  of which events W&B sends an alert: `point_failed`, `budget` (it stopped the study),
-                  `ended`; default: of none
+    wandb_alerts  of which events W&B sends an alert: `point_failed`, `budget` (it stopped the
+                  study), `ended`; default: of none
     slurm         what `ebbline slurm` asks of Slurm
     servers       where the server of a backend (NAME==VERSION) lies; see
                   ebbline.tasks.measuring.served.place

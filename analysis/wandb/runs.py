@@ -37,6 +37,7 @@ from ebbline.analysis.wandb.pages import (
     trainings_without_run,
     uses,
 )
+from ebbline.analysis.wandb.service import stop_service
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.drive.live import host_names, read_live
@@ -175,6 +176,15 @@ class Mirror:
             _log.warning("the study's run was not closed: %s", error)
         finally:
             self._study_run = None
+
+    def _forget(self) -> None:
+        """Forgets the open runs, whose service was stopped: they are opened again, and continue
+        after the last row that was shown.
+        """
+        self._memory = Memory(self.folder, self.mode)
+        self._live, self._study_run, self._study_stamp = {}, None, ""
+        self._rows, self._step, self._grown_hours = self._memory.rows(self._id), 0, 0.0
+        self._charted, self._charted_as, self._counted = 0, "", ({}, float("-inf"))
 
     def _follow(
         self,
@@ -383,16 +393,22 @@ class Mirror:
         )
         # Without `resume` a push writes from the first row, so a repeated push changes nothing.
         resumes = self.mode == "online" or self._memory.begun(page.id)
-        return wandb.init(
-            project=project(),
-            id=page.id,
-            name=page.name,
-            group=self.study.study,
-            job_type=page.job_type,
-            tags=[tag[:TAG_CHARACTERS] for tag in page.tags if tag],
-            notes=page.notes or None,
-            config=dict(page.config),
-            resume="allow" if resumes else None,
-            reinit="create_new",
-            settings=settings,
-        )
+        try:
+            return wandb.init(
+                project=project(),
+                id=page.id,
+                name=page.name,
+                group=self.study.study,
+                job_type=page.job_type,
+                tags=[tag[:TAG_CHARACTERS] for tag in page.tags if tag],
+                notes=page.notes or None,
+                config=dict(page.config),
+                resume="allow" if resumes else None,
+                reinit="create_new",
+                settings=settings,
+            )
+        except Exception:
+            # W&B's service keeps the id of a run that it could not begin, and always refuses it
+            stop_service()
+            self._forget()
+            raise
