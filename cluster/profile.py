@@ -5,7 +5,7 @@ Invariant: no setting here changes a result, so no key hashes it. Secrets come f
 """
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -19,6 +19,8 @@ class GpuType(Frozen):
     usd_per_hour: Annotated[Number, Field(ge=0.0)]
     memory_gb: Positive | None = None
 
+
+AlertEvent = Literal["point_failed", "budget", "ended"]
 
 DEFAULT_LEAD_S = 300
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
@@ -153,6 +155,8 @@ class Profile(Frozen):
                   `memory_gb`; without `memory_gb` each trains alone
     wandb_points  the most points with a W&B run of their own; the other points are rows of a table
                   in their training's run
+    wandb_alerts  of which events W&B sends an alert: `point_failed`, `budget` (it stopped the
+                  study), `ended`; default: of none
     slurm         what `ebbline slurm` asks of Slurm
     servers       where the server of a backend (NAME==VERSION) lies; see
                   ebbline.tasks.measuring.served.place
@@ -169,6 +173,7 @@ class Profile(Frozen):
     cache_gb: Positive = 100.0
     pack: Count | None = None
     wandb_points: Count = 500
+    wandb_alerts: tuple[AlertEvent, ...] = ()
     slurm: SlurmSettings = SlurmSettings()
     servers: dict[str, ServerPlace] = {}
 

@@ -117,6 +117,7 @@ def test_sync_pushes_everything_and_the_workspace_draws_what_is_there(
         drawn = {panel["viewType"] for panel in panels}
         assert drawn == {
             "Vega2",
+            "Media Browser",
             "Scatter Plot",
             "Run History Line Plot",
             "Parallel Coordinates Plot",
@@ -150,6 +151,9 @@ def _check(panel: dict[str, Any], own: Any, points: list[Any], trained: list[Any
         key = config["userQuery"]["queryFields"][0]["fields"][0]["args"][0]["value"]
         table = json.loads(own.files[own.summary[key]["path"]])
         assert set(config["fieldSettings"].values()) <= set(table["columns"]) and table["data"]
+    elif panel["viewType"] == "Media Browser":
+        for key in config["mediaKeys"]:  # none in a study that compares nothing
+            assert key not in own.summary or own.files[own.summary[key]["path"]]
     elif panel["viewType"] == "Run History Line Plot" and config["xAxis"] == "_step":
         assert any(
             metric in row

@@ -35,11 +35,13 @@ class Run:
         self.summary: dict[str, Any] = {}
         self.files: dict[str, bytes] = {}
         self.exit_code: int | None = None
+        self.alerts: list[dict[str, Any]] = []
 
 
 class WandbServer(ThreadingHTTPServer):
     """`slow_s` is how long each file stream request takes; all wait until `together` were under way
-    at once. `faults` are the next answers to POST requests in place of those they would get.
+    at once. `faults` are the next answers to POST requests in place of those they would get, and
+    `always` is the answer to each after these.
     """
 
     daemon_threads = True
@@ -57,6 +59,8 @@ class WandbServer(ThreadingHTTPServer):
         self.bodies: list[bytes] = []
         self.faults: deque[Fault] = deque()
         self.faulty: list[Fault] = []  # those that were given
+        self.always: Fault | None = None  # the answer to every POST, until it is None again
+        self.clock_s = 0.0  # how far the clock of its answers is off
         self.at_work = self.most_at_work = 0
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -94,13 +98,16 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return super().date_time_string((timestamp or time.time()) + self.server.clock_s)
+
     def do_GET(self) -> None:
         self._answer({})
 
     def _given_fault(self) -> bool:
         """Answer with the next fault; False if there is none."""
         with self.server.lock:
-            fault = self.server.faults.popleft() if self.server.faults else None
+            fault = self.server.faults.popleft() if self.server.faults else self.server.always
         if fault is None:
             return False
         self.server.faulty.append(fault)
@@ -266,6 +273,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _on_MarkRunFilesUploaded(self, given: dict[str, Any]) -> Any:
         return {"markRunFilesUploaded": {"success": True}}
+
+    def _on_NotifyScriptableRunAlert(self, given: dict[str, Any]) -> Any:
+        self.server.run_of(given["runName"]).alerts.append(given)
+        return {"notifyScriptableRunAlert": {"success": True}}
 
     def _view(self, given: dict[str, Any]) -> Any:
         id = (

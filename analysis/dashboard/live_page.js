@@ -127,8 +127,9 @@ function drawFrontier() {
       marker: ring, customdata: picked.map((row) => row.number), text: picked.map((row) => hoverOf(row, same[row.number] || [])), hovertemplate: "%{text}<extra></extra>", name: "picked",
     });
   }
-  const xaxis = two ? { title: { text: label(first.label) }, tickformat: ".1~%" } : { title: { text: "point" } };
-  Plotly.react("frontier", traces, layout({ xaxis, yaxis: { title: { text: label(last.label) }, tickformat: ".1~%" }, hovermode: "closest" }), CONFIG);
+  const whole = traces.length ? {} : { range: [0, 1] }; // an empty plot would go from -100% to 400%
+  const xaxis = two ? { title: { text: label(first.label) }, tickformat: ".1~%", ...whole } : { title: { text: "point" } };
+  Plotly.react("frontier", traces, layout({ xaxis, yaxis: { title: { text: label(last.label) }, tickformat: ".1~%", ...whole }, hovermode: "closest" }), CONFIG);
   at("frontier").setAttribute("aria-label", rows.length ? `Scatter plot of ${rows.length} points: ${last.label}, against ${two ? first.label : "the point's number"}. The table below has its frontier.` : noPoint());
   const notes = ["Large marks: not dominated by any other point of the model. Filled: defended; hollow: not defended. Bars: 95% intervals. Stars: before fine-tuning."];
   if (picked.length) notes.push(`Ring: picked with ebbline pick (${picked.map((row) => `point ${row.number}`).join(", ")}).`);
@@ -278,6 +279,7 @@ function drawTrainings() {
   if (!trainings.length && select.options.length) trainings = [Object.keys(running)[0] || select.options[0].value];
   for (const option of select.options) option.selected = trainings.includes(option.value);
   at("curve").hidden = !trainings.length;
+  if (!trainings.length) at("curve-note").textContent = "No training has begun yet.";
   if (trainings.some((key) => running[key] || !curves.has(key))) drawCurves();
 }
 

@@ -16,6 +16,8 @@ from ebbline.sweeps.drive.live import TrainingNow, read_live
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.progress import TrainedStep
 
+# What changes all the time; other values of `drive_status` change with an event
+STEADY = frozenset({"hours", "status/spent_gpu_hours", "status/spent_usd", "status/hours_left"})
 REQUEST = "request.json"  # in an attempt's log, as the runner writes it
 
 
@@ -35,7 +37,8 @@ class LiveRun:
         """Shows the steps after the last one that was shown."""
         for step, values in history:
             if step > self.rows:
-                self.run.log(dict(values), step=step)
+                # W&B's client keeps a row without `commit` until the next step
+                self.run.log(dict(values), step=step, commit=True)
                 self.rows = step
 
 
@@ -76,8 +79,8 @@ def live_trainings(view: StudyView) -> Iterator[LiveTraining]:
 
 def drive_status(view: StudyView, trainings: Sequence[LiveTraining]) -> dict[str, float]:
     """What the study's run shows of the drive, in the sections `status` and `machine`: points,
-    stages, GPUs, what is spent and left, and the sums over the machines that train. Empty before
-    the first drive.
+    stages, GPUs, what is spent and left, and the sums over the machines that train (of utilisation,
+    the mean over their GPUs). `hours` are those of driving. Empty before the first drive.
     """
     live = read_live(view.folder)
     if live is None:
@@ -114,7 +117,15 @@ def drive_status(view: StudyView, trainings: Sequence[LiveTraining]) -> dict[str
         for what in ("memory_gb", "power_w")
         if gpus
     }
-    return {
+    used = [
+        value
+        for usage in gpus
+        for name, value in usage.items()
+        if name.startswith("gpu") and name.endswith("percent")
+    ]
+    if used:
+        sums["gpu_percent"] = sum(used) / len(used)
+    return {"hours": live.spent.driving_s / 3600} | {
         f"{section}/{name}": float(value)
         for section, values in (("status", status), ("machine", sums))
         for name, value in values.items()

@@ -2,7 +2,8 @@
 
     {"online": {ID: [STAMP, ROWS]}, "offline": {...},
      "waiting": [[RUN FOLDER, ID, STAMP, ROWS], ...],
-     "open": [RUN FOLDER, ...]}
+     "open": [RUN FOLDER, ...],
+     "alerts": [EVENT, ...]}
 
 ROWS is the number of history rows shown. `waiting` lists runs that ended offline and are on no
 server yet, in push order. W&B marks a pushed run by a file beside its log (see
@@ -11,13 +12,15 @@ ebbline.analysis.wandb.push).
 `open` lists the offline runs of trainings at work. A mirror that was killed leaves their folders
 without an end; the next one removes them and shows these trainings anew, from their first step.
 
+`alerts` lists the events of which an alert was sent (ebbline.analysis.wandb.alerts).
+
 Invariants: only the mirror writes the file. Other entries are of runs that have ended. A waiting
 run is removed once the same run was shown online.
 """
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -49,6 +52,7 @@ class Memory:
         }
         self._waiting = [Waiting(*entry) for entry in read.get("waiting", [])]
         self._open: list[str] = []
+        self._alerts: list[str] = read.get("alerts", [])
         for name in read.get("open", []):
             shutil.rmtree(self.folder / Path(name).name, ignore_errors=True)
         for entry in [entry for entry in self._waiting if _pushed(self.folder, entry)]:
@@ -87,8 +91,23 @@ class Memory:
             self._open.append(run_folder)
             self._write()
 
+    @property
+    def alerts(self) -> frozenset[str]:
+        """The events of which an alert was sent."""
+        return frozenset(self._alerts)
+
+    def alert(self, events: Iterable[str]) -> None:
+        """Records that an alert of these events is sent now."""
+        self._alerts.extend(events)
+        self._write()
+
     def _write(self) -> None:
-        content = {**self._shown, "waiting": self._waiting, "open": self._open}
+        content = {
+            **self._shown,
+            "waiting": self._waiting,
+            "open": self._open,
+            "alerts": self._alerts,
+        }
         text = json.dumps(content, indent=1, sort_keys=True)
         write_whole(self._path, lambda path: path.write_text(text))
 

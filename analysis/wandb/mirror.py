@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import IO
 
 from ebbline.analysis.results.collect import collect
+from ebbline.analysis.results.controls.means import collect_controls
+from ebbline.analysis.wandb.alerts import NEED_ONLINE
 from ebbline.analysis.wandb.live import drive_status, live_trainings
 from ebbline.analysis.wandb.runs import Mirror, Mirrored, chosen_mode
 from ebbline.cluster.store.artifacts import Artifact, Store
@@ -143,7 +145,7 @@ def _once(view: StudyView, mirror: Mirror) -> Mirrored:
     # The sweep may be writing; the next update reads it
     except Exception as error:  # noqa: BLE001
         return Mirrored(error=f"{type(error).__name__}: {error}")
-    return mirror.update(results, trainings, live, status)
+    return mirror.update(results, trainings, live, status, lambda: collect_controls(view, results))
 
 
 def _closed_within(seconds: float) -> bool:
@@ -178,6 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _log.info("mirroring %s, %s", study.study, mode)
     if mode == "disabled":
         return
+    if mode == "offline" and home.profile.wandb_alerts:
+        _log.info(NEED_ONLINE)
     with alone(view.folder, TURN_S) as only:
         if not only:
             _log.info("another mirror of this study is running")

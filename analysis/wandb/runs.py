@@ -13,45 +13,48 @@ an artifact, so offline runs are in one folder and can be pushed from another ma
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from ebbline.analysis.results.costs import growth
-from ebbline.analysis.results.frontier import finished, frontier, frontier_by_model
+from ebbline.analysis.results.frontier import finished, frontier
 from ebbline.analysis.results.tables import NO_PRICES, frontier_text, results_frame
-from ebbline.analysis.results.wording import metric_label, without_paths
-from ebbline.analysis.wandb.live import LiveRun, LiveTraining, step_values
+from ebbline.analysis.results.wording import without_paths
+from ebbline.analysis.wandb.alerts import alerts_due
+from ebbline.analysis.wandb.charts import bound, folder_of, study_charts
+from ebbline.analysis.wandb.live import STEADY, LiveRun, LiveTraining, step_values
 from ebbline.analysis.wandb.memory import LOST, Memory, Mode
 from ebbline.analysis.wandb.pages import (
     RunPage,
-    Table,
     live_page,
     pages,
     points_table,
     run_id,
-    trainings_table,
     trainings_without_run,
     uses,
 )
+from ebbline.analysis.wandb.service import stop_service
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.store.artifacts import Artifact
-from ebbline.sweeps.drive.live import host_names
+from ebbline.sweeps.drive.live import host_names, read_live
+from ebbline.sweeps.state.controls import ControlResult
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.identity import digest
 
 LIVE_RUNS = 32  # the most trainings at work whose steps are shown as they come
-LOST_AFTER = (
-    3  # updates without a training that ended neither well nor badly until it counts as lost
-)
+LOST_AFTER = 3  # updates without a training that has not ended until it counts as lost
 FLUSH_S = 2.0  # how long W&B's client keeps a row before it writes or sends it
 TAG_CHARACTERS = 64  # W&B takes no longer tag
-CHARTS_EVERY = (
-    1.25  # charts are redrawn when the finished points have grown by this factor, and at the end
-)
+CHARTS_EVERY = 1.25  # the growth of finished points that redraws the charts, besides the end
+# W&B drops an alert of the same title that comes sooner; it reads 0 as its default of a minute
+ALERTS_APART = timedelta(milliseconds=1)
+STEPS_A_POINT, STEP_S = 1_000_000, 5.0  # 57 days between two points
+STATUS_S = 60.0  # the most between two rows of the status; at once where a count changes
 _log = logging.getLogger(__name__)
 
 
@@ -109,8 +112,10 @@ class Mirror:
         self._status: Mapping[str, float] = {}
         self._study_stamp = ""
         self._rows = self._memory.rows(self._id)  # rows of the study's growth shown so far
-        # W&B's step of the latest growth row; None lets W&B count, as in a resumed run.
-        self._step: int | None = None
+        self._step = 0  # W&B's step of the latest row of the study's run
+        self._grown_hours = 0.0  # when the latest point finished, in hours of driving
+        self._counted: tuple[Mapping[str, float], float] = {}, float("-inf")  # latest status row
+        self._controls: Callable[[], Sequence[ControlResult]] = tuple
         # The number of points in the charts, and the stamp of their content.
         self._charted, self._charted_as = 0, ""
         self._live: dict[str, LiveRun] = {}  # id -> the run of a training at work
@@ -123,9 +128,11 @@ class Mirror:
         trainings: Sequence[Artifact],
         live: Sequence[LiveTraining] = (),
         status: Mapping[str, float] = MappingProxyType({}),
+        controls: Callable[[], Sequence[ControlResult]] = tuple,
     ) -> Mirrored:
         """Shows new results, the new steps of trainings at work, and the `status` of the drive. The
-        first failure ends the update; later updates show the rest.
+        first failure ends the update; later updates show the rest. `controls` reads the controls'
+        results, for charts that are due.
         """
         if self.mode == "disabled":
             return Mirrored()
@@ -142,8 +149,9 @@ class Mirror:
                     return Mirrored(count, len(new) - count, f"stopped after {self.bound_s:g} s")
                 self._show(page)
                 count += 1
-            self._trainings = trainings
+            self._trainings, self._controls = trainings, controls
             self._show_study(results, status)
+            self._send_alerts(results)
         # A failure of W&B must not stop the sweep
         except Exception as error:  # noqa: BLE001
             return Mirrored(
@@ -163,11 +171,20 @@ class Mirror:
                 if self._charted_as != self._study_stamp:
                     self._chart()
                 run.finish()
-                self._memory.remember(self._id, self._study_stamp, self._rows, _folder_of(run))
+                self._memory.remember(self._id, self._study_stamp, self._rows, folder_of(run))
         except Exception as error:  # noqa: BLE001  # as in update
             _log.warning("the study's run was not closed: %s", error)
         finally:
             self._study_run = None
+
+    def _forget(self) -> None:
+        """Forgets the open runs, whose service was stopped: they are opened again, and continue
+        after the last row that was shown.
+        """
+        self._memory = Memory(self.folder, self.mode)
+        self._live, self._study_run, self._study_stamp = {}, None, ""
+        self._rows, self._step, self._grown_hours = self._memory.rows(self._id), 0, 0.0
+        self._charted, self._charted_as, self._counted = 0, "", ({}, float("-inf"))
 
     def _follow(
         self,
@@ -190,7 +207,7 @@ class Mirror:
                     continue
                 run = self._open(live_page(training, id))
                 self._live[id] = LiveRun(run, training.key, self._memory.rows(id))
-                self._memory.opened(_folder_of(run))
+                self._memory.opened(folder_of(run))
             self._live[id].show([(step.step, step_values(step)) for step in training.steps])
         ended = {artifact.key for artifact in trainings}
         at_work = {training.key for training in live} | ended
@@ -211,7 +228,7 @@ class Mirror:
         why = without_paths(reason, host_names(self.folder)) or "lost; the next attempt continues"
         lost.run.summary.update({"status": status, "reason": why[:300]})
         lost.run.finish(exit_code=1)
-        self._memory.remember(id, LOST, lost.rows, _folder_of(lost.run))
+        self._memory.remember(id, LOST, lost.rows, folder_of(lost.run))
 
     def _show(self, page: RunPage) -> None:
         shown = self._live.pop(page.id, None)
@@ -222,19 +239,34 @@ class Mirror:
         run.summary.update(dict(page.summary))
         if page.points:
             run.summary.update(
-                {"points": _table(run, "points", points_table(page.points, self.profile))}
+                {"points": bound(run, "points", points_table(page.points, self.profile))}
             )
         run.finish(exit_code=int(page.failed))
-        self._memory.remember(page.id, page.stamp, len(page.history), _folder_of(run))
+        self._memory.remember(page.id, page.stamp, len(page.history), folder_of(run))
 
     def _show_study(self, results: Sequence[Result], status: Mapping[str, float]) -> None:
         """Shows the drive's status, the growth of the hypervolume and the frontier; redraws the
         charts if due.
         """
-        changed, self._status = status != self._status, status
-        if changed and status.get("status/at_work"):
+        self._status = status
+        self._show_growth(results)
+        counts = {
+            name: value
+            for name, value in status.items()
+            if name not in STEADY and name.startswith("status/")
+        }
+        before, at = self._counted
+        now = time.monotonic()
+        if counts == before and (now - at < STATUS_S or not status.get("status/at_work")):
+            return
+        if status.get("status/at_work") or self._study_run is not None:
             self._open_study()
+            self._log(status)
             self._study_run.summary.update(dict(status))
+            self._counted = counts, now
+
+    def _show_growth(self, results: Sequence[Result]) -> None:
+        """Shows the hypervolume after each new point, and the frontier."""
         objectives = self.study.objectives
         chosen = frontier(results, objectives)
         if not chosen:
@@ -264,16 +296,34 @@ class Mirror:
                 over["usd"] = usd
             volumes = {f"hypervolume/over_{name}": each.corrected for name in over}
             row = {"hypervolume": each.hypervolume, **over, **volumes}
-            if each is grown[-1] and self._status.get("status/at_work"):
-                row |= self._status  # of now: nobody knows it for earlier points
-            self._study_run.log(row, step=each.finished)
-            self._step = each.finished
-        shown = {"frontier": [result.number for result in chosen], **status}
+            at = each.finished * STEPS_A_POINT
+            if at > self._step:  # otherwise the server has it, from a mirror that was killed
+                self._study_run.log(row, step=at, commit=True)
+                self._step = at
+            self._grown_hours = each.hours
+        shown = {"frontier": [result.number for result in chosen], **self._status}
         self._study_run.summary.update(shown | {"hypervolume": grown[-1].hypervolume})
         self._study_run.notes = f"```\n{frontier_text(results_frame(results, objectives))}\n```"
         self._study_stamp, self._rows, self._results = stamp, max(self._rows, landed), results
         if landed >= CHARTS_EVERY * self._charted:
             self._chart()
+
+    def _send_alerts(self, results: Sequence[Result]) -> None:
+        """Sends what the profile asks for, each event once: it is recorded first."""
+        if self.mode != "online" or not self.profile.wandb_alerts:
+            return
+        due = alerts_due(
+            self.study,
+            results,
+            read_live(self.folder),
+            self.profile.wandb_alerts,
+            self._memory.alerts,
+            host_names(self.folder),
+        )
+        for alert in due:
+            self._open_study()
+            self._memory.alert(alert.events)
+            self._study_run.alert(alert.title, alert.text, alert.level, ALERTS_APART)
 
     def _open_study(self) -> None:
         if self._study_run is not None:
@@ -284,47 +334,36 @@ class Mirror:
             "seeds": list(self.study.seeds),
         }
         self._study_run = self._open(RunPage(self._id, "", "study", self.study.study, config, {}))
+        self._study_run.define_metric("status/*", step_metric="hours")
+        # Of a run that continues: W&B's step after its last row
+        self._step = max(self._step, int(self._study_run.step) - 1)
         for name in ("finished", "hours", "gpu_hours", "usd"):
             self._study_run.define_metric(name, hidden=True)
             self._study_run.define_metric(f"hypervolume/over_{name}", step_metric=name)
 
     def _chart(self) -> None:
-        """Shows the table of all finished points.
-
-        With two or more objectives it adds a scatter plot of the first two and each model's
-        frontier as a line.
-        """
-        import wandb
-
-        run, objectives = self._study_run, self.study.objectives
-        table = points_table(self._results, self.profile, objectives)
-        if len(objectives) < 2:
-            run.log({"points_table": _table(run, "points_table", table)}, step=self._step)
-        else:
-            x, y = (metric_label(name) for name in objectives[:2])
-            lines = [
-                [result.metrics[objectives[0]].value, model, result.metrics[objectives[1]].value]
-                for model, found in frontier_by_model(self._results, objectives[:2]).items()
-                for result in sorted(found, key=lambda result: result.metrics[objectives[0]].value)
-            ]
-            fields = {"step": "step", "lineKey": "lineKey", "lineVal": "lineVal"}
-            labels = {"title": f"Frontier of each model: {y} against {x}", "xname": x}
-            charts = {
-                "points": wandb.plot.scatter(
-                    _table(run, "points_table", table), x, y, f"Every point: {y} against {x}"
-                ),
-                "frontier": wandb.plot_table(
-                    "wandb/lineseries/v0",
-                    _table(run, "frontier_table", Table(list(fields), lines)),
-                    fields,
-                    string_fields=labels,
-                ),
-            }
-            run.log(charts, step=self._step)
-        others = trainings_table(self._results, self._trainings, self.profile)
-        if others.rows:
-            run.log({"trainings_table": _table(run, "trainings_table", others)}, step=self._step)
+        """Shows the charts and tables of all finished points."""
+        charts = study_charts(
+            self._study_run,
+            self.study,
+            self._results,
+            self._trainings,
+            self._controls(),
+            self.profile,
+        )
+        self._log(charts)
         self._charted, self._charted_as = self._rows, self._study_stamp
+
+    def _log(self, values: Mapping[str, Any]) -> None:
+        """A row of the study's history after all others.
+
+        W&B's step is STEPS_A_POINT for each finished point, and within it the driving time. So it
+        grows over restarts and over offline runs of one study that are pushed later.
+        """
+        within = int(max(0.0, self._status.get("hours", 0.0) - self._grown_hours) * 3600 / STEP_S)
+        at = self._rows * STEPS_A_POINT + min(STEPS_A_POINT - 1, within)
+        self._step = max(self._step + 1, at)
+        self._study_run.log(dict(values), step=self._step, commit=True)
 
     def _open(self, page: RunPage) -> Any:
         import wandb
@@ -354,30 +393,22 @@ class Mirror:
         )
         # Without `resume` a push writes from the first row, so a repeated push changes nothing.
         resumes = self.mode == "online" or self._memory.begun(page.id)
-        return wandb.init(
-            project=project(),
-            id=page.id,
-            name=page.name,
-            group=self.study.study,
-            job_type=page.job_type,
-            tags=[tag[:TAG_CHARACTERS] for tag in page.tags if tag],
-            notes=page.notes or None,
-            config=dict(page.config),
-            resume="allow" if resumes else None,
-            reinit="create_new",
-            settings=settings,
-        )
-
-
-def _table(run: Any, key: str, table: Table) -> Any:
-    """A W&B table bound to its run; W&B then makes no artifact, which would hold a local path."""
-    import wandb
-
-    bound = wandb.Table(columns=table.columns, data=table.rows, allow_mixed_types=True)
-    bound.bind_to_run(run, key, "table")
-    return bound
-
-
-def _folder_of(run: Any) -> str:
-    """The name of the folder that W&B keeps a run in."""
-    return Path(run.dir).parent.name
+        try:
+            return wandb.init(
+                project=project(),
+                id=page.id,
+                name=page.name,
+                group=self.study.study,
+                job_type=page.job_type,
+                tags=[tag[:TAG_CHARACTERS] for tag in page.tags if tag],
+                notes=page.notes or None,
+                config=dict(page.config),
+                resume="allow" if resumes else None,
+                reinit="create_new",
+                settings=settings,
+            )
+        except Exception:
+            # W&B's service keeps the id of a run that it could not begin, and always refuses it
+            stop_service()
+            self._forget()
+            raise

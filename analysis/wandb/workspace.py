@@ -159,7 +159,7 @@ def frontier_panels(study: Study) -> list[Any]:
 
 
 def chart_panels(study: Study) -> list[Any]:
-    """Charts from the tables of the study's run: every point, and each model's frontier.
+    """Charts from the tables of the study's run: every point, each model's frontier, the defences.
 
     Empty for a study with one objective.
     """
@@ -179,6 +179,7 @@ def chart_panels(study: Study) -> list[Any]:
             chart_fields={"step": "step", "lineKey": "lineKey", "lineVal": "lineVal"},
             chart_strings={"title": f"Frontier of each model: {y} against {x}", "xname": x},
         ),
+        wr.MediaBrowser(title="Refusal against usefulness by defence", media_keys=["defences"]),
     ]
 
 

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ebbline.analysis.results.collect import collect
 from ebbline.analysis.wandb import mirror
+from ebbline.analysis.wandb.alerts import NEED_ONLINE
 from ebbline.analysis.wandb.folder import write_pages
 from ebbline.analysis.wandb.memory import Memory
 from ebbline.analysis.wandb.push import Pushed, push
@@ -76,6 +77,7 @@ def sync_study(view: StudyView, at_once: int, as_json: bool) -> int:
     if not runs:
         return _print_outcome(record, as_json, everything, 0)
     if chosen_mode() == "offline":
+        alerts = f". {NEED_ONLINE}" if view.home.profile.wandb_alerts else ""
         reason = (
             "WANDB_MODE is offline" if os.environ.get("WANDB_MODE") else "you are not logged in"
         )
@@ -87,7 +89,8 @@ def sync_study(view: StudyView, at_once: int, as_json: bool) -> int:
         return _print_outcome(
             record,
             as_json,
-            f"{len(runs)} runs wait in {folder / 'wandb'}, as {reason}; {remedy} pushes them",
+            f"{len(runs)} runs wait in {folder / 'wandb'}, as {reason}; {remedy} pushes them"
+            f"{alerts}",
             0,
         )
     try:
