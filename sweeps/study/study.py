@@ -82,6 +82,8 @@ USEFULNESS = (
     "exact_match_flexible",
     "prompt_level_strict_acc",
     "prompt_level_loose_acc",
+    "inst_level_strict_acc",
+    "inst_level_loose_acc",
     "acc_norm",
     "acc",
 )

@@ -36,7 +36,12 @@ SHOTS = {"mmlu": 5, "hellaswag": 10, "gsm8k": 5}  # as in the papers
 # The beginnings of lm-eval's tasks whose answers the model writes, and their metrics
 WRITTEN = {
     "gsm8k": ("exact_match", "exact_match_flexible"),
-    "ifeval": ("prompt_level_strict_acc", "prompt_level_loose_acc"),
+    "ifeval": (
+        "prompt_level_strict_acc",
+        "prompt_level_loose_acc",
+        "inst_level_strict_acc",
+        "inst_level_loose_acc",
+    ),
 }
 
 

@@ -40,6 +40,7 @@ from ebbline.tasks.measuring.grouped.layers import adapter_on
 from ebbline.tasks.measuring.lm_tasks.definitions import (
     FLEXIBLE,
     FLEXIBLE_FILTER,
+    LISTS,
     METRICS,
     WRITTEN,
     use_sandbox,
@@ -119,7 +120,13 @@ def run(spec: EvaluateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
             for row, ok in zip(rows, right, strict=True)
         ],
     )
-    write_metrics(out, [Metric.of(name, [row[name] for row in rows]) for name in names])
+    metrics = [Metric.of(name, [row[name] for row in rows]) for name in names]
+    metrics += [
+        Metric.clustered(name, [row[name] for row in rows])
+        for name in LISTS
+        if all(name in row for row in rows)
+    ]
+    write_metrics(out, metrics)
 
 
 @contextlib.contextmanager
@@ -290,6 +297,7 @@ def answer(prepared: Prepared, lm: PrefixLM, ctx: Context) -> None:
 def item_rows(prepared: Prepared) -> list[dict[str, Any]]:
     """A row for each item: its id, its task, lm-eval's metrics and the choices' likelihoods."""
     rows = []
+    random.seed(DEFAULT_RANDOM_SEED)  # IFEval draws the parts of an instruction that a row lacks
     for name, task in prepared.tasks.items():
         task.apply_filters()
         requests: dict[int, list[Any]] = {}
@@ -305,6 +313,11 @@ def item_rows(prepared: Prepared) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"id": f"{name}/{item}", "task": name} | {
                 metric: float(measures[metric])
                 for metric in (*METRICS, *WRITTEN)
+                if metric in measures
+            }
+            row |= {
+                metric: [bool(followed) for followed in measures[metric]]
+                for metric in LISTS
                 if metric in measures
             }
             if FLEXIBLE_FILTER in instances[0].filtered_resps:

@@ -41,6 +41,8 @@ DIRECTIONS: dict[str, Direction] = {
     "exact_match_flexible": "maximise",
     "prompt_level_strict_acc": "maximise",
     "prompt_level_loose_acc": "maximise",
+    "inst_level_strict_acc": "maximise",
+    "inst_level_loose_acc": "maximise",
     "acc": "maximise",
     "acc_norm": "maximise",
 }
@@ -87,6 +89,28 @@ class Metric:
             len(scores) - len(decided),
             squares=None if rate else sum(score * score for score in decided),
         )
+
+    @staticmethod
+    def clustered(name: str, outcomes: Sequence[Sequence[bool]]) -> "Metric":
+        """The share of outcomes that are true, where each item has one or more (IFEval's
+        instructions of a prompt). Outcomes of one item are not independent.
+
+        So `n` counts items, and the standard error is that of a ratio of two sums over items,
+        linearised (Cochran 1977, section 6.4): of item i with m_i outcomes, t_i of them true, and
+        R = sum t / sum m, the deviation is (t_i - R m_i) / mean(m).
+
+        Raises EvaluationError for an item without outcomes.
+        """
+        if not all(outcomes):
+            raise EvaluationError(f"{name} has an item without a single outcome")
+        sizes = [len(each) for each in outcomes]
+        true = [sum(each) for each in outcomes]
+        n = len(outcomes)
+        share, size = sum(true) / max(1, sum(sizes)), sum(sizes) / max(1, n)
+        spread = math.fsum(
+            ((right - share * of) / size) ** 2 for right, of in zip(true, sizes, strict=True)
+        )
+        return Metric(name, share * n, n, squares=n * share**2 + spread)
 
     def __post_init__(self) -> None:
         if self.n < 1:

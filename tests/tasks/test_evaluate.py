@@ -16,12 +16,14 @@ import pytest
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.metrics import aggregate_subtask_metrics
+from lm_eval.models import huggingface
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from ebbline.tasks.errors import EvaluationError
+from ebbline.tasks.errors import EvaluationError, MissingExtra
 from ebbline.tasks.measuring.evaluate import ANSWERS, PROMPTS, run
 from ebbline.tasks.measuring.grouped.layers import adapter_on
+from ebbline.tasks.measuring.lm_tasks import instructions as checks
 from ebbline.tasks.measuring.lm_tasks.prefix_model import PrefixLM
 from ebbline.tasks.measuring.lm_tasks.sources import tasks_of
 from ebbline.tasks.measuring.metrics import METRICS, read_metrics, read_samples
@@ -792,6 +794,99 @@ def test_gsm8k_is_written_by_the_model_and_scored_by_lm_eval(roomy, tmp_path, no
     flexible = theirs["exact_match,flexible-extract"]
     assert metrics["exact_match_flexible"].value == flexible and 0 < flexible < 1
     assert not any("word" in path.read_text() for path in out.iterdir()), "no text is stored"
+
+
+@pytest.fixture
+def short_answers(monkeypatch):
+    """Answers of 48 tokens on both sides, where IFEval has 1,280: a random model ends none."""
+    given = huggingface.normalize_gen_kwargs
+    monkeypatch.setattr(
+        huggingface,
+        "normalize_gen_kwargs",
+        lambda *args, **settings: {**given(*args, **settings), "max_gen_toks": 48},
+    )
+
+
+@pytest.fixture
+def sentences(tmp_path, monkeypatch):
+    """NLTK's data on English sentences, with no abbreviation known, in place of the real data."""
+    import nltk
+
+    folder = tmp_path / "nltk_data" / "tokenizers" / "punkt_tab" / "english"
+    folder.mkdir(parents=True)
+    for name in ("abbrev_types.txt", "sent_starters.txt", "collocations.tab", "ortho_context.tab"):
+        (folder / name).write_text("")
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
+
+
+def instructions(folder):
+    """Invented rows as google/IFEval has them: one, two and three instructions a prompt."""
+    asked = [
+        [("punctuation:no_comma", {})],
+        [
+            ("length_constraints:number_words", {"relation": "at least", "num_words": 3}),
+            ("length_constraints:number_sentences", {"relation": "less than", "num_sentences": 9}),
+        ],
+        [
+            ("change_case:english_lowercase", {}),
+            ("keywords:forbidden_words", {"forbidden_words": ["zorp"]}),
+            ("startend:quotation", {}),
+        ],
+    ]
+    rows = [
+        {
+            "key": number,
+            "prompt": f"word{number} word{number + 1}",
+            "instruction_id_list": [name for name, _ in each],
+            "kwargs": [given for _, given in each],
+        }
+        for number, each in enumerate(asked * 2)
+    ]
+    folder.mkdir()
+    write_lines(folder / "train.jsonl", rows)
+    return folder
+
+
+def test_ifeval_is_written_by_the_model_and_checked_by_lm_eval(
+    roomy, sentences, short_answers, tmp_path, no_network
+):
+    """Only here lm-eval checks whether a model followed instructions."""
+    data = instructions(tmp_path / "data")
+    out = fresh(tmp_path / "out")
+    spec = EvaluateSpec(task="ifeval", dtype="float32", batch_size=8)
+    run(spec, {"model": roomy, "prompts": data}, out, context(tmp_path / "ctx"))
+    metrics = {metric.name: metric for metric in read_metrics(out)}
+    model, tokenizer = load_model(roomy, "none", "float32", "cpu"), load_tokenizer(roomy)
+    theirs = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, backend="causal"),
+        tasks=[{"group": "g", "task": [{"task": "ifeval", "dataset_path": str(data)}]}],
+        num_fewshot=0,
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_path=str(_lm_evals("ifeval")), include_defaults=False),
+    )["results"]["ifeval"]
+    assert set(metrics) == {
+        f"{level}_level_{how}_acc" for level in ("prompt", "inst") for how in ("strict", "loose")
+    }
+    for name, metric in metrics.items():
+        assert metric.direction == "maximise" and metric.n == 6
+        assert metric.value == pytest.approx(theirs[f"{name},none"])
+    assert 0 < metrics["inst_level_strict_acc"].value < 1
+    assert not any("word" in path.read_text() for path in out.iterdir()), "no text is stored"
+
+
+def test_ifeval_without_its_packages_or_data_is_an_error(tmp_path, monkeypatch, no_network):
+    import nltk
+
+    data = instructions(tmp_path / "data")
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr(checks, "CARRIED", ("no_such_package", ""))
+    with pytest.raises(
+        MissingExtra, match="need NLTK's data punkt_tab.* --no-deps llama-index-core"
+    ):
+        tasks_of("ifeval", data)
+    monkeypatch.setattr(checks, "PACKAGES", ("nltk", "no_such_package"))
+    with pytest.raises(MissingExtra, match=r"no_such_package missing.*ebbline\[ifeval\]"):
+        tasks_of("ifeval", data)
 
 
 def test_a_task_that_has_a_model_write_many_answers_is_an_error(roomy, tmp_path, no_network):

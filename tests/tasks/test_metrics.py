@@ -5,6 +5,7 @@ method="wilson"); the standard error s / sqrt(n) with divisor n - 1, as lm-eval'
 """
 
 import json
+import math
 from itertools import chain
 from pathlib import Path
 
@@ -227,3 +228,21 @@ def test_equal_scores_have_an_interval_with_a_width(score, items, seeds):
         low, high = metric.interval
         assert 0 <= low <= metric.value + 1e-9 and metric.value - 1e-9 <= high <= 1
         assert high - low > 0.9 * 3.84 / (items + 3.84)
+
+
+def test_outcomes_of_one_item_are_not_independent():
+    """Outcomes that always agree within an item tell no more than one for each item."""
+    one = [[True], [False], [True], [True]]
+    threefold = [each * 3 for each in one]
+    alone, clustered = (
+        Metric.clustered("inst_level_strict_acc", each) for each in (one, threefold)
+    )
+    assert alone.value == clustered.value == 0.75
+    assert clustered.stderr == pytest.approx(alone.stderr)
+    assert alone.stderr == pytest.approx(Metric.of("acc", [1.0, 0.0, 1.0, 1.0]).stderr)
+    uneven = Metric.clustered("inst_level_strict_acc", [[True, False, True], [False], [True]])
+    assert uneven.value == 0.6 and uneven.n == 3
+    deviations = np.array([2 - 0.6 * 3, 0 - 0.6, 1 - 0.6]) / (5 / 3)
+    assert uneven.stderr == pytest.approx(math.sqrt((deviations**2).mean() / 2))
+    with pytest.raises(EvaluationError, match="without a single outcome"):
+        Metric.clustered("inst_level_strict_acc", [[True], []])

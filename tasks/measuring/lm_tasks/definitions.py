@@ -26,7 +26,7 @@ METRICS = ("acc", "acc_norm")
 # number, where the first wants it after ####.
 WRITTEN = ("exact_match", "prompt_level_strict_acc", "prompt_level_loose_acc")
 FLEXIBLE, FLEXIBLE_FILTER = "exact_match_flexible", "flexible-extract"
-LISTS = ("inst_level_strict_acc", "inst_level_loose_acc")  # a list for each item: not measured
+LISTS = ("inst_level_strict_acc", "inst_level_loose_acc")  # IFEval's: a list for each item
 SCORED = ("multiple_choice", "loglikelihood")  # the output types that give these metrics
 NO_CODE = "ebbline runs no code that comes with data"
 LARGEST_BYTES, MOST_VALUES, DEEPEST = 1_000_000, 10_000, 20

@@ -21,6 +21,7 @@ from lm_eval.tasks._index import Entry, Kind
 
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.lm_tasks.definitions import LISTS, SCORED, WRITTEN, read_index
+from ebbline.tasks.measuring.lm_tasks.instructions import require_checks
 from ebbline.tasks.measuring.lm_tasks.local_rows import read_splits
 
 # The settings of a group itself. Every other setting of a group overrides its tasks' setting.
@@ -135,6 +136,8 @@ def _built_in(name: str, folder: Path) -> list[tuple[str, Callable[[], Any]]]:
                 f"{', '.join(WRITTEN)}; ebbline also measures tasks of the types "
                 f"{', '.join(SCORED)} without filters"
             )
+        if any(metric.get("metric") in LISTS for metric in config.get("metric_list") or []):
+            require_checks(task)
     at = {"dataset_path": str(folder.resolve())}
     return [(task, partial(_loaded, manager, {**changes, **at}, task)) for task, changes in members]
 
