@@ -38,6 +38,7 @@ from ebbline.cluster.executors.executor import (
 )
 from ebbline.cluster.executors.job_processes import JobProcesses, at, own_gpu_type
 from ebbline.cluster.executors.ray_hosts import RayHosts
+from ebbline.cluster.executors.ray_start import join
 from ebbline.cluster.executors.this_machine import (
     VISIBLE,
     only_visible,
@@ -61,7 +62,7 @@ class RayExecutor(Executor):
 
     On a machine without GPUs, or with none in CUDA_VISIBLE_DEVICES, a local cluster has
     `logical_gpus` GPUs, and stages run on the CPU.
-    Raises StudyError if the cluster has no GPU.
+    Raises StudyError if the cluster has no GPU, and ClusterLost if a local one does not start.
     """
 
     def __init__(self, address: str = "local", logical_gpus: int = 2) -> None:
@@ -83,7 +84,7 @@ class RayExecutor(Executor):
         # a module `tasks` or `datasets` of the user, so Ray starts in /.
         visible = only_visible(own) if address == "local" else contextlib.nullcontext()
         with contextlib.chdir("/"), visible, patched_environment(inherited):
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+            join(address, local)
         context = ray.get_runtime_context()
         self._hosts = RayHosts(context.gcs_address)
         self._local = address == "local"

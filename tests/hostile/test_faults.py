@@ -1,9 +1,11 @@
 """Faults of the disk, of the clock and by kills: what was there before is there after."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,27 @@ def test_a_kill_or_an_error_at_any_system_call_loses_nothing_and_leaves_nothing(
     found = traced[operation]
     assert found["lost"] == []
     assert found["kills"] >= 1 and found["errors"] >= 3
+
+
+@pytest.mark.process
+@pytest.mark.timeout(900)
+def test_full_and_read_only_disks_and_homes_of_another_user_lose_nothing(tmp_path: Path) -> None:
+    """Only here are real mounts and a second user: 70 s."""
+    unshare = ["unshare", "--mount"]
+    allowed = [*unshare, "mount", "-t", "tmpfs", "none", "/mnt"]
+    if os.geteuid() or subprocess.run(allowed, capture_output=True).returncode:
+        pytest.skip("only root with mounts of its own can fill a disk and be another user")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # pytest's may not be read by others
+        done = subprocess.run(
+            [*unshare, sys.executable, "-m", "tests.hostile.other_places", folder],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=800,
+        )
+    assert done.returncode == 0, done.stderr
+    wrong = {case: found for case, found in json.loads(done.stdout).items() if found}
+    assert wrong == {}
 
 
 def _driven(folder: Path) -> list[tuple[str, str, dict[str, float | None]]]:
