@@ -28,7 +28,7 @@ from ebbline.tasks.errors import (
     OutOfMemory,
     TrainingError,
 )
-from ebbline.tasks.files import open_private
+from ebbline.tasks.files import is_full, open_private
 from ebbline.tasks.headers.hub import HUB, local_path
 from ebbline.tasks.inputs import ExpectedInput, InputCheck
 from ebbline.tasks.kinds import kind_named, parsed_spec
@@ -372,7 +372,7 @@ def error_and_reason(error: BaseException, log: Path) -> tuple[str, str]:
     log, and the reason names that file. A full disk has a type of its own, because the stage
     is not at fault.
     """
-    if "No space left on device" in str(error):
+    if is_full(error):
         return (
             DiskFull.__name__,
             f"no space left for {log.parent}; free some, and the same command continues",

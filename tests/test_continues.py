@@ -171,6 +171,16 @@ def kill_ray(study: Path, home: Path, moment: int) -> None:
     assert driver.returncode != 0, printed
 
 
+def test_a_head_that_is_killed_as_ray_starts_is_a_lost_cluster(study: Path, tmp_path: Path) -> None:
+    """Only here Ray's core would end the driver by itself, with code 1 and its own words."""
+    driver = start(study, tmp_path)
+    wait_for(lambda: any(True for _ in descendants(driver, "gcs_server")), driver, "a head")
+    next(descendants(driver, "gcs_server")).kill()
+    printed, _ = driver.communicate(timeout=240)
+    assert driver.returncode == 75, printed
+    assert "the same command" in printed and "Traceback" not in printed
+
+
 def finish_with_a_killed_worker(study: Path, home: Path) -> None:
     driver = start(study, home)
     wait_for(lambda: any(True for _ in descendants(driver, "ray::_batch")), driver, "worker")

@@ -38,7 +38,7 @@ from ebbline.cluster.executors.executor import (
 )
 from ebbline.cluster.executors.job_processes import JobProcesses, at, own_gpu_type
 from ebbline.cluster.executors.ray_hosts import RayHosts
-from ebbline.cluster.executors.ray_processes import without_unused_processes
+from ebbline.cluster.executors.ray_start import join
 from ebbline.cluster.executors.this_machine import (
     VISIBLE,
     only_visible,
@@ -62,7 +62,7 @@ class RayExecutor(Executor):
 
     On a machine without GPUs, or with none in CUDA_VISIBLE_DEVICES, a local cluster has
     `logical_gpus` GPUs, and stages run on the CPU.
-    Raises StudyError if the cluster has no GPU.
+    Raises StudyError if the cluster has no GPU, and ClusterLost if a local one does not start.
     """
 
     def __init__(self, address: str = "local", logical_gpus: int = 2) -> None:
@@ -82,13 +82,9 @@ class RayExecutor(Executor):
                 inherited = _variables(_threads(bool(own), local["num_gpus"]))
         # Ray puts the driver's folder first on its workers' import path. That folder may contain
         # a module `tasks` or `datasets` of the user, so Ray starts in /.
-        with contextlib.ExitStack() as around:
-            around.enter_context(contextlib.chdir("/"))
-            if address == "local":
-                around.enter_context(only_visible(own))
-                around.enter_context(without_unused_processes())
-            around.enter_context(patched_environment(inherited))
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+        visible = only_visible(own) if address == "local" else contextlib.nullcontext()
+        with contextlib.chdir("/"), visible, patched_environment(inherited):
+            join(address, local)
         context = ray.get_runtime_context()
         self._hosts = RayHosts(context.gcs_address)
         self._local = address == "local"

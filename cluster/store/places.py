@@ -5,7 +5,6 @@ Names are relative POSIX paths. Invariant: of all calls of `create` with one nam
 exactly one succeeds.
 """
 
-import errno
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -19,7 +18,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore
 
 from ebbline.tasks.errors import DiskFull, StoreError
-from ebbline.tasks.files import to_disk, write_whole
+from ebbline.tasks.files import is_full, to_disk, write_whole
 from ebbline.tasks.identity import file_digest
 
 
@@ -185,10 +184,11 @@ class Folder(StorePlace):
     def explained(self, error: Exception) -> StoreError:
         """The error to show for a fault of the folder: what is wrong, and what to do."""
         text = first_line(error)
-        if "No space left on device" in text:
+        if is_full(error):
+            quota = "No space left" not in text
             return DiskFull(
-                f"No space left on device for the store {self.at}; free some space, then run the "
-                "same command to continue"
+                f"{'Disk quota exceeded' if quota else 'No space left on device'} for the store "
+                f"{self.at}; free some space, then run the same command to continue"
             )
         if any(word in text for word in ("Permission denied", "Read-only file system")):
             return StoreError(
@@ -200,7 +200,7 @@ class Folder(StorePlace):
 
 def unwritable(at: str, error: OSError) -> StoreError:
     """The error to show when this machine's cache cannot be written."""
-    kind = DiskFull if error.errno == errno.ENOSPC else StoreError
+    kind = DiskFull if is_full(error) else StoreError
     return kind(
         f"files of {at} cannot be written to this machine's cache ({error}); free some space, "
         "or set EBBLINE_CACHE to another folder"

@@ -100,7 +100,7 @@ class Survey:
     @property
     def owners(self) -> set[str]:
         """The homes that have run studies with this store."""
-        return {name for top, name in self.files if top == OWNERS}
+        return {name for top, name in self.files if top == OWNERS and not _is_half_created(name)}
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Name -> (count, bytes): artifacts by kind, cut-off attempts, checkpoints, sources, and
@@ -165,6 +165,8 @@ class Survey:
                 and (name in done or (needed is not None and name not in needed.keys))
             ):
                 yield _removal("checkpoint", top, name, entries)
+            elif top == OWNERS and old and _is_half_created(name):
+                yield _removal("cut-off attempt", top, name, entries)
             elif top == "sources" and old and needed is not None and name not in needed.sources:
                 yield _removal("source", top, name, entries)
 
@@ -344,6 +346,11 @@ def _named_by_requests(survey: Survey, above: tuple[str, str]) -> list[tuple[str
         if any(inside in str(location) for location in inputs.values()):
             found.append(where)
     return found
+
+
+def _is_half_created(name: str) -> bool:
+    """Whether obstore's `put` in a folder was killed before it gave the file its name."""
+    return name.rpartition("#")[2].isdecimal() and "#" in name
 
 
 def _below(entry: StoredFile, where: tuple[str, str]) -> str:

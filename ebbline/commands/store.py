@@ -36,6 +36,7 @@ from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tables import print_table
 from ebbline.tasks.errors import EbblineError, StoreError, StudyError
+from ebbline.tasks.files import remove_stale
 from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.stage import Source, Stage
 
@@ -241,6 +242,7 @@ def collect_garbage(home: Home, older_than_h: float, keep: Keep, yes: bool, as_j
         if yes:
             with progress_bar("removing") as progress:
                 freed = remove(home.store, found, progress)
+            remove_stale(home.root / "id")
     rows: dict[str, list[Removal]] = {}
     for removal in found:
         rows.setdefault(removal.what, []).append(removal)

@@ -35,7 +35,7 @@ from ebbline.sweeps.study.reading.field_faults import faults
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import read_profile
 from ebbline.tasks.errors import StudyError, StudyHeld
-from ebbline.tasks.files import write_whole
+from ebbline.tasks.files import remove_stale, write_whole
 from ebbline.tasks.identity import digest
 from ebbline.tasks.paths import is_inside
 
@@ -196,11 +196,14 @@ class Home:
         path = self.root / "id"
         if not path.exists():
             self.root.mkdir(parents=True, exist_ok=True)
-            fresh = self.root / f".id.{uuid.uuid4().hex[:12]}"
-            fresh.write_text(uuid.uuid4().hex)
-            with suppress(FileExistsError):  # another driver was first
-                os.link(fresh, path)
-            fresh.unlink()
+            remove_stale(path)
+            fresh = self.root / f".id.{uuid.uuid4().hex[:8]}"
+            try:
+                fresh.write_text(uuid.uuid4().hex)
+                with suppress(FileExistsError):  # another driver was first
+                    os.link(fresh, path)
+            finally:
+                fresh.unlink(missing_ok=True)
         return path.read_text()
 
     @contextmanager

@@ -5,7 +5,7 @@ from ray._private import ray_constants, worker
 from ray._private.node import Node
 
 from ebbline.cluster.executors.ray_executor import RayExecutor
-from ebbline.cluster.executors.ray_processes import UNUSED, without_unused_processes
+from ebbline.cluster.executors.ray_start import UNUSED, without_unused_processes
 
 
 def test_the_installed_ray_starts_each_of_these_processes_by_a_method_of_its_own() -> None:

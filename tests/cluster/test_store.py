@@ -2,9 +2,11 @@
 them guarantees.
 """
 
+import errno
 import hashlib
 import json
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from ebbline.cluster.executors.inline import InlineExecutor
 from ebbline.cluster.running.runner import Runner
 from ebbline.cluster.store import bucket as bucket_module
 from ebbline.cluster.store.artifacts import RECORD, Store
+from ebbline.cluster.store.places import Folder
 from ebbline.cluster.store.retention import Needed, Survey
 from ebbline.tasks.errors import DataError, Differs, DiskFull, Incomplete, StoreError
 from ebbline.tasks.identity import content_digest, digest
@@ -377,6 +380,24 @@ def test_a_record_names_the_attempt_and_its_files(tmp_path):
         *("key", "kind", "attempt", "content", "files", "hashed", "provenance", "sha256")
     }
     assert record["attempt"] == made.folder.name
+
+
+def test_a_half_created_name_of_a_home_is_no_home_and_is_removable(tmp_path):
+    """obstore was killed between its two steps. The store has no other user then."""
+    store, later = Store(tmp_path), time.time() + 60.0
+    store.place.create("homes/abc.json", b"{}")
+    (tmp_path / "homes" / "abc.json#1").write_text("{}")
+    survey = Survey(store)
+    assert survey.owners == {"abc"}
+    (removal,) = survey.removable(None, later)
+    assert removal.names == ("homes/abc.json#1",)
+
+
+def test_a_full_quota_stops_a_run_as_a_full_disk_does(tmp_path):
+    place = Folder(tmp_path)
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        error = place.explained(OSError(number, os.strerror(number)))
+        assert isinstance(error, DiskFull) and os.strerror(number) in str(error)
 
 
 def test_an_old_unneeded_artifact_is_removable_and_its_record_goes_first(tmp_path):

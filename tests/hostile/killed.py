@@ -14,10 +14,12 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ebbline.cluster.store.artifacts import Store
+from ebbline.cluster.store.retention import Survey, remove
 from ebbline.sweeps.ledger import open_to_append, whole_lines
 from ebbline.sweeps.state.home_studies import rename
 from ebbline.sweeps.study.home import Home
@@ -25,7 +27,7 @@ from ebbline.sweeps.study.pins import pin_study
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import parse
 from ebbline.tasks.errors import EbblineError
-from ebbline.tasks.files import is_unfinished, write_whole
+from ebbline.tasks.files import is_unfinished, remove_stale, write_whole
 from ebbline.tasks.identity import digest
 from tests.hostile.cases import study
 
@@ -86,6 +88,40 @@ OPERATIONS: dict[str, Callable[[Path], object]] = {
     "pin": lambda folder: list(pin_study("study.yaml", folder / "pinned.yaml")),
     "rename": lambda folder: rename(Home(folder / "home"), "mine", "other"),
 }
+
+
+def effect(operation: str, folder: Path) -> bool:
+    """Whether an operation that reported no error has done what it was asked."""
+    home = Home(folder / "home")
+    match operation:
+        case "study.json":
+            begun = home.begun("mine")
+            return begun is not None and begun.question == "new"
+        case "table":
+            return (folder / "table.csv").read_text() == NEW
+        case "ledger":
+            return list(whole_lines(home.path("mine") / "spending.jsonl"))[-1] == '{"s": 3}'
+        case "store":
+            return home.store.find("data", digest(hashed(1))) is not None
+        case "pin":
+            return (folder / "pinned.yaml").exists()
+        case _:
+            return home.studies() == ["other"]
+
+
+def leftovers(operation: str, folder: Path) -> list[str]:
+    """What is unfinished after the same commands were given a day later, and `store gc`."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            os.utime(path, (0, 0))
+    with suppress(EbblineError):  # it was done before
+        OPERATIONS[operation](folder)
+    home = Home(folder / "home")
+    for name in home.studies():
+        home.keep(name, home.kept(name))
+    remove(home.store, Survey(home.store).removable(None, 1.0))
+    remove_stale(home.root / "id")
+    return [path.name for path in folder.rglob("*") if is_unfinished(path.name) or "#" in path.name]
 
 
 def faults(folder: Path) -> list[str]:

@@ -1,11 +1,13 @@
 """Files that `write_whole` writes are whole or absent."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from ebbline.tasks import files
-from ebbline.tasks.files import is_unfinished, write_whole
+from ebbline.tasks.files import is_full, is_unfinished, write_whole
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
@@ -56,3 +58,31 @@ def test_a_durable_file_is_on_the_disk_before_the_rename(
     monkeypatch.setattr(files, "to_disk", to_disk)
     write_whole(path, lambda fresh: fresh.write_text("record"), durable=True)
     assert synced == ["record"] and path.read_text() == "record"
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_write_when_it_is_old(
+    tmp_path: Path,
+) -> None:
+    names = (".table.0123abcd.csv", ".table.89abcdef.csv", ".other.0123abcd.csv", ".table.mine.csv")
+    for name in names:
+        (tmp_path / name).write_text("half")
+    for name in names[:1] + names[2:]:
+        os.utime(tmp_path / name, (0, 0))
+    write_whole(tmp_path / "table.csv", lambda fresh: fresh.write_text("whole"))
+    assert {path.name for path in tmp_path.iterdir()} == {"table.csv", *names[1:]}
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "a library's own words"), True),
+        (OSError(errno.EDQUOT, "a library's own words"), True),
+        (RuntimeError("cannot write: Disk quota exceeded (os error 122)"), True),
+        (RuntimeError("cannot write: No space left on device"), True),
+        (OSError(errno.EIO, "Input/output error"), False),
+    ],
+)
+def test_a_full_disk_and_a_full_quota_are_known_by_number_or_by_words(
+    error: Exception, full: bool
+) -> None:
+    assert is_full(error) == full
