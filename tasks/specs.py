@@ -449,7 +449,7 @@ HeldOutShare = Annotated[Number, Field(gt=0.0, lt=1.0)]
 
 class Split(Frozen):
     """One side of a prompt set that is split by its texts: `confirm` is the share `hold_out`, and
-    `search` is the rest (`ebbline.tasks.data.split`).
+    `search` is the rest (`ebbline.tasks.data.splits.held_out`).
     """
 
     hold_out: HeldOutShare

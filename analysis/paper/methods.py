@@ -282,6 +282,13 @@ def _measurement(
             f"{measure.max_new_tokens} tokens, one for each prompt, without sampling or penalties,"
             f" by the scorer {kinds[0]}{also}; {n}."
         )
+        split = study.split_of(suite)
+        if split is not None and split.side == "search":
+            yield (
+                f"A share of {split.hold_out:g} of the prompts of {suite}, chosen by a hash of "
+                "their texts within each category before the study began, was held out for the "
+                "confirmation."
+            )
         if prompts is not None and prompts.chat:
             yield (
                 f"Its prompts were rendered as one user turn by a chat template with the sha256 "

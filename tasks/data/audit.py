@@ -26,7 +26,7 @@ from datasketch import MinHash, MinHashLSH
 from ebbline.tasks.data.conversations import is_training_data, read_conversations
 from ebbline.tasks.data.formats.folders import read_set
 from ebbline.tasks.data.prompts import Prompt, PromptSet, read_prompts
-from ebbline.tasks.data.split import folded
+from ebbline.tasks.data.splits.held_out import folded
 from ebbline.tasks.errors import DataError, StudyError
 
 LOWEST_SIMILARITY = 0.1

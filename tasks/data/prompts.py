@@ -16,7 +16,7 @@ from ebbline.tasks.data.data_file import FileRow, ending_of, stem_of, text_of
 from ebbline.tasks.data.formats.choices import QUESTION, with_choices, written_list
 from ebbline.tasks.data.formats.folders import read_set
 from ebbline.tasks.data.reader import data_files
-from ebbline.tasks.data.split import chosen
+from ebbline.tasks.data.splits.held_out import chosen
 from ebbline.tasks.errors import DataError
 from ebbline.tasks.specs import PromptFormat as Format
 from ebbline.tasks.specs import Split

@@ -9,7 +9,9 @@ from ebbline.cluster.profile import Profile
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.sweeps.state.spending import Spent
 from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.policies import Confirm
 from ebbline.sweeps.study.reading.overlaps import Shared
+from ebbline.sweeps.study.references import FreshPrompts
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.data.audit import NearPair, Overlap
 from tests.analysis.conftest import REFUSAL
@@ -88,3 +90,7 @@ def test_the_methods_state_what_confounds_and_what_was_confirmed(
     assert "All seeds train on the same rows" in written(one, results, baselines)
     assert "5 fresh training seeds" in written(study, [confirmed(point=CANDIDATE)], baselines)
     assert REFUSAL in CANDIDATE.metrics
+    fresh = {"refusal": FreshPrompts(hold_out=0.3)}
+    held_out = study.model_copy(update={"confirm": Confirm(suites=fresh)})
+    assert "A share of 0.3 of the prompts of refusal" in written(held_out, results, baselines)
+    assert "was held out" not in text

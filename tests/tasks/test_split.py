@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebbline.tasks.data.prompts import read_prompts
-from ebbline.tasks.data.split import chosen, folded
+from ebbline.tasks.data.splits.held_out import chosen, folded
 from ebbline.tasks.errors import DataError
 from ebbline.tasks.measuring.generate_kind import prompts_of
 from ebbline.tasks.specs import GenerateSpec, Split

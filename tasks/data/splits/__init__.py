@@ -1,0 +1,1 @@
+"""One prompt set in parts that share no prompt."""
