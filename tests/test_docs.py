@@ -83,6 +83,7 @@ def test_an_unknown_command_or_option_is_found() -> None:
     assert found == ["run '~/a' --home '~/b'", "plan a", "run a", "pin a --to b"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_picture_shows_what_the_code_does_now(name: str) -> None:
     assert (FOLDER / name).read_text("utf-8") == PICTURES[name](), (

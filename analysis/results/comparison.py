@@ -11,10 +11,16 @@ and P prompts, with undecided samples at their worst and at their best.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ebbline.analysis.results.claims.between_seeds import (
+    BetweenSeeds,
+    over_paired_seeds,
+    over_separate_seeds,
+)
 from ebbline.analysis.results.frontier import finished, frontier_hypervolume, hypervolume
 from ebbline.analysis.results.measurements import (
     Comparison,
@@ -57,7 +63,8 @@ class Volumes:
     The bootstrap is over prompts. `paired` tells that both studies have the same prompts and were
     resampled together. The interval is None where samples are missing. `points` counts the
     different points behind each: a frontier of more noisy points reaches further, so unequal counts
-    support no verdict.
+    support no verdict. `over_seeds` is the difference of the frontiers that each training seed
+    gives, None with too few seeds: the bootstrap over prompts knows nothing of other trainings.
     """
 
     before: float
@@ -65,11 +72,24 @@ class Volumes:
     interval: tuple[float, float] | None = None
     paired: bool = False
     points: tuple[int, int] = (0, 0)
+    over_seeds: BetweenSeeds | None = None
 
     @property
     def comparable(self) -> bool:
         """Whether a difference may be called larger or smaller."""
         return self.points[0] == self.points[1]
+
+    @property
+    def move(self) -> Literal["larger", "smaller"] | None:
+        """What the difference shows: of the settings where there are enough seeds, else of these
+        adapters. None where an interval has 0 in it.
+        """
+        if self.interval is None or not self.paired or not self.comparable:
+            return None
+        for low, high in (self.interval, *([self.over_seeds.interval] if self.over_seeds else ())):
+            if low <= 0 <= high:
+                return None
+        return "larger" if self.difference > 0 else "smaller"
 
     @property
     def difference(self) -> float:
@@ -258,13 +278,14 @@ def volumes(
     sides = before.of(model), after.of(model)
     one, other = (frontier_hypervolume(own, objectives) for own in sides)
     points = len(distinct(sides[0])), len(distinct(sides[1]))
+    seeds = _volumes_over_seeds(before, after, model, objectives)
     found = [
         _shares(own, objectives, side.evidence)
         for own, side in zip(sides, (before, after), strict=True)
     ]
     first, second = found
     if first is None or second is None:
-        return Volumes(one, other, points=points)
+        return Volumes(one, other, points=points, over_seeds=seeds)
     suites = {name: name.rpartition(".")[0] for name in objectives}
     paired = not any(suite in apart for suite in suites.values()) and all(
         first[name].ids == second[name].ids for name in objectives
@@ -302,7 +323,31 @@ def volumes(
             - drawn_volume(first, before_drawn, best=False)
         )
     interval = float(np.quantile(least, 0.025)), float(np.quantile(most, 0.975))
-    return Volumes(one, other, interval, paired, points)
+    return Volumes(one, other, interval, paired, points, seeds)
+
+
+def _volumes_over_seeds(
+    before: Side, after: Side, model: str, objectives: Sequence[str]
+) -> BetweenSeeds | None:
+    """The difference of hypervolumes over training seeds: each seed has a frontier of its own."""
+    one_S, other_S = (_volume_of_each_seed(side, model, objectives) for side in (before, after))
+    if tuple(before.study.seeds) == tuple(after.study.seeds):
+        gains = [other - one for one, other in zip(one_S, other_S, strict=False)]
+        return over_paired_seeds(gains, gains)
+    return over_separate_seeds(one_S, other_S)
+
+
+def _volume_of_each_seed(side: Side, model: str, objectives: Sequence[str]) -> list[float]:
+    """Empty where not every point has a value for every seed, as an adapter from outside."""
+    own, count = side.of(model), len(side.study.seeds)
+    values = [[result.metrics[name].seeds for name in objectives] for result in own]
+    if any(len(seeds) != count for row in values for seeds in row):
+        return []
+    ways = [direction(name) for name in objectives]
+    return [
+        hypervolume(np.array([[seeds[place] for seeds in row] for row in values]), ways)
+        for place in range(count)
+    ]
 
 
 @dataclass(frozen=True)

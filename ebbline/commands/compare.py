@@ -245,9 +245,13 @@ def _volumes(found: Volumes) -> str:
         if found.paired
         else "over each study's own prompts, which differ"
     )
-    shown = not low <= 0 <= high and found.paired and found.comparable
-    sure = f", so {'larger' if low > 0 else 'smaller'}" if shown else ""
-    return f"{text} (95% bootstrap {how}: {low:+.3f} to {high:+.3f}{sure})"
+    seeds, sure = "", f", so {found.move}" if found.move else ""
+    if found.over_seeds is not None:
+        low_S, high_S = found.over_seeds.interval
+        seeds = f"; over {found.over_seeds.seeds} training seeds {low_S:+.3f} to {high_S:+.3f}"
+    elif sure:
+        sure += " with these adapters"
+    return f"{text} (95% bootstrap {how}: {low:+.3f} to {high:+.3f}{seeds}{sure})"
 
 
 def _tables(
@@ -383,6 +387,13 @@ def _json(found: StudyComparison) -> dict[str, Any]:
                     "interval": size.volumes.interval,
                     "paired": size.volumes.paired,
                     "points": list(size.volumes.points),
+                    "over_seeds": None
+                    if size.volumes.over_seeds is None
+                    else {
+                        "seeds": size.volumes.over_seeds.seeds,
+                        "interval": size.volumes.over_seeds.interval,
+                    },
+                    "move": size.volumes.move,
                     "comparable": size.volumes.comparable,
                 },
             }

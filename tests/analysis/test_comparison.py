@@ -194,6 +194,38 @@ def test_a_frontier_that_dominates_has_an_interval_above_zero(pair: tuple[Side, 
     assert volumes(*pair, "small", (REFUSAL, TASK), {}) == found, "the bootstrap has a fixed seed"
 
 
+@pytest.mark.parametrize(
+    ("spread", "seeds", "move"),
+    [(0.01, (5, 6, 7), "larger"), (0.3, (5, 6, 7), None), (0.3, (0, 1, 2), "larger")],
+)
+def test_a_frontier_is_larger_only_if_its_training_seeds_agree(
+    pair: tuple[Side, Side], spread: float, seeds: tuple[int, ...], move: str | None
+) -> None:
+    """The bootstrap over prompts alone would call all three larger. Equal seeds are pairs, whose
+    common spread cancels.
+    """
+
+    def retrained(one: Side, own: tuple[int, ...]) -> Side:
+        def over(metric: Metric) -> Metric:
+            return replace(metric, seeds=tuple(metric.value + spread * by for by in (-1, 0, 1)))
+
+        return replace(
+            one,
+            study=one.study.model_copy(update={"seeds": own}),
+            results=[
+                replace(each, metrics={name: over(found) for name, found in each.metrics.items()})
+                for each in one.results
+            ],
+        )
+
+    sides = retrained(pair[0], (0, 1, 2)), retrained(pair[1], seeds)
+    found = volumes(*sides, "small", (REFUSAL, TASK), {})
+    assert found.interval is not None and found.interval[0] > 0
+    assert found.over_seeds is not None and found.over_seeds.paired == (seeds == (0, 1, 2))
+    assert found.move == move
+    assert volumes(*pair, "small", (REFUSAL, TASK), {}).move == "larger", "of these adapters"
+
+
 def test_undecided_samples_widen_the_interval_of_the_volume(pair: tuple[Side, Side]) -> None:
     def some_undecided(one: Side) -> Side:
         return replace(
@@ -269,7 +301,7 @@ def test_the_command_prints_what_is_comparable_and_the_comparisons(
 ) -> None:
     printed = compare("--to", tmp_path / "page.html")
     assert "two against one" in printed and "their settings are the same" in printed
-    assert "3 points have the same settings in both" in printed and "so larger)" in printed
+    assert "3 points have the same settings in both" in printed and "so larger with these adapters)" in printed
     assert (
         "task accuracy is higher at 2, not distinguishable at 1 of 3 points (paired, "
         "differences +0.0 to +15.0 points)" in printed

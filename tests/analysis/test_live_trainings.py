@@ -99,7 +99,8 @@ def test_a_step_that_the_log_lacks_is_that_of_the_curve_and_none_is_shown_twice(
     class Run:
         shown: list[int] = []
 
-        def log(self, values: dict[str, Any], step: int) -> None:
+        def log(self, values: dict[str, Any], step: int, commit: bool) -> None:
+            assert commit
             self.shown.append(step)
 
     live = LiveRun(Run(), "key")

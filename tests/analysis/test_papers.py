@@ -149,7 +149,14 @@ def test_a_number_whose_stated_conditions_match_is_comparable_as_far_as_is_known
     """
     criteria = {"paper": "arXiv 2310.20624", "state": "before", "suite": "mmlu"}
     assert verdicts(row(llama(), [], {}, {}, **criteria))["quantisation"] == "differs"
-    found = row(llama(models__70b__quantisation="int8"), [], {}, {}, **criteria)
+    alike = {"models__70b__quantisation": "int8", "suites__mmlu__measure__limit": None}
+    assert (
+        row(
+            llama(**alike | {"suites__mmlu__measure__limit": 20}), [], {}, {}, **criteria
+        ).comparable
+        == "not comparable"
+    )
+    found = row(llama(**alike), [], {}, {}, **criteria)
     assert found.comparable == "comparable as far as is known"
     assert [fact.what for fact in found.facts_with(UNKNOWN)] == [
         "chat template"
@@ -157,7 +164,7 @@ def test_a_number_whose_stated_conditions_match_is_comparable_as_far_as_is_known
     all_same = tuple(replace(fact, verdict="same") for fact in found.facts)
     assert replace(found, facts=all_same).comparable == "comparable"
     fewer = row(
-        llama(models__70b__quantisation="int8", suites__mmlu__measure__shots=0),
+        llama(**alike, suites__mmlu__measure__shots=0),
         [],
         {},
         {},
@@ -170,7 +177,8 @@ def test_an_accuracy_that_may_be_either_of_two_is_not_known_to_be_comparable(
     llama: Callable[..., Study],
 ) -> None:
     criteria = {"paper": "arXiv 2310.20624", "state": "before", "suite": "hellaswag"}
-    found = row(llama(models__70b__quantisation="int8"), [], {}, {}, **criteria)
+    alike = {"models__70b__quantisation": "int8", "suites__hellaswag__measure__limit": None}
+    found = row(llama(**alike), [], {}, {}, **criteria)
     assert verdicts(found)["metric"] == UNKNOWN and found.comparable == "not known to be comparable"
     assert "by likelihood or by normalised likelihood is not stated" in _why(found)
 

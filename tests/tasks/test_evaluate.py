@@ -874,6 +874,7 @@ def test_ifeval_is_written_by_the_model_and_checked_by_lm_eval(
     assert not any("word" in path.read_text() for path in out.iterdir()), "no text is stored"
 
 
+@pytest.mark.slow
 def test_ifeval_without_its_packages_or_data_is_an_error(tmp_path, monkeypatch, no_network):
     import nltk
 
