@@ -165,9 +165,9 @@ async function choose(number) {
   const row = await answer.json();
   const rows = [["model", row.model], ["settings", row.settings], ["state", row.status + (row.same_as === null ? "" : `; its adapters are the same as those of point ${row.same_as}`)], ["seeds", row.seeds.join(", ")], ["cost alone", row.cost]];
   if (row.projected_share !== null) rows.push(["changed", `${percent(row.projected_share)} of modules`]);
+  if (row.reason) rows.push(["reason", row.reason]);
   for (const [name, metric] of Object.entries(row.all_metrics)) rows.push([name, interval(metric)]);
   const facts = element("table", element("tbody", rows.map(([name, value]) => element("tr", [element("th", name, { scope: "row" }), element("td", value)]))));
-  if (row.reason) rows.push(["reason", row.reason]);
   const story = row.story.map((one) => element("tr", [element("th", one.stage, { scope: "row" }), element("td", one.cost), element("td", element("code", one.key)), element("td", element("code", one.command))]));
   const stages = element("details", [element("summary", `its ${story.length} stages, what each cost, and how to run it again`), element("div", element("table", element("tbody", story)), { class: "scroll" })]);
   at("point-head").textContent = `Point ${row.number}`;
