@@ -213,12 +213,17 @@ def test_a_person_finds_each_point_its_stages_its_training_and_what_failed(
         expect(page.locator("#curve .scatterlayer .js-line")).to_have_count(2)
         page.locator("#curve-of").select_option("gradient_norm")
         expect(page.locator("#curve .ytitle")).to_have_text("gradient norm")
+        by = page.locator("#curve-by option").all_inner_texts()
+        assert by[0] == "training" and len(by) > 1, by
+        page.locator("#curve-by").select_option(index=1)
+        expect(page.locator("#curve .legendtext").first).to_contain_text(by[1])
         page.locator("#smoothing").fill("0.5")
         page.reload()  # what was selected stays
         expect(page.locator("#point-head")).to_have_text(f"Point {front[0]}")
         expect(page.locator("#curve .scatterlayer .js-line")).to_have_count(2)
         expect(page.locator("#curve .ytitle")).to_have_text("gradient norm")
         assert page.locator("#smoothing").input_value() == "0.5"
+        assert page.locator("#curve-by").input_value() == by[1]
         expect(page.locator("#headline")).to_have_text("Finished: 4 of 8 points, 4 failed")
         page.locator("#point-body summary").press("Enter")
         assert "ebbline rerun " in page.locator("#point-body").inner_text()

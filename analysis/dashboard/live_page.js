@@ -276,6 +276,9 @@ function drawTrainings() {
   const select = at("training"), listed = new Set([...select.options].map((option) => option.value));
   for (const option of [...select.options]) if (entries[option.value] && option.text !== entries[option.value]) option.text = entries[option.value];
   for (const [key, name] of Object.entries(entries)) if (!listed.has(key)) select.append(element("option", name, { value: key }));
+  const by = at("curve-by"), values = {};
+  for (const { axes } of Object.values(sections.trainings)) for (const [axis, value] of Object.entries(axes)) (values[axis] ||= new Set()).add(value);
+  for (const [axis, different] of Object.entries(values)) if (different.size > 1 && ![...by.options].some((option) => option.value === axis)) by.append(element("option", axis, { value: axis }));
   if (!trainings.length && select.options.length) trainings = [Object.keys(running)[0] || select.options[0].value];
   for (const option of select.options) option.selected = trainings.includes(option.value);
   at("curve").hidden = !trainings.length;
@@ -305,13 +308,19 @@ async function drawCurves() {
   }));
   if (asked !== trainings.slice(0, CURVES).join()) return;
   const what = at("curve-of").value, weight = Number(at("smoothing").value), names = {}, traces = [];
+  const by = at("curve-by").value, groups = []; // trainings of one value have one colour and one entry in the legend
   for (const option of at("training").options) names[option.value] = option.text;
   for (const [index, key] of wanted.entries()) {
-    const curve = shownCurves.get(key), colour = index ? CURVE_COLOURS[(index - 1) % CURVE_COLOURS.length] : ink("--accent");
+    const curve = shownCurves.get(key), name = plain(names[key] || short(key));
     if (!curve || !curve.values[what].some((value) => value !== null)) continue;
+    const known = sections.trainings[key], group = by === "training" ? name : known ? `${by} ${plain(known.axes[by])}` : "runs";
+    const isFirst = !groups.includes(group);
+    if (isFirst) groups.push(group);
+    const place = by === "training" ? index : groups.indexOf(group);
     traces.push({
-      type: "scatter", mode: curve.steps.length > 60 ? "lines" : "lines+markers", x: curve.steps, y: smoothed(curve.values[what], weight), line: { color: colour },
-      name: plain(names[key] || short(key)), hovertemplate: `step %{x}: %{y:.4g}<extra>${plain(names[key] || short(key))}</extra>`,
+      type: "scatter", mode: curve.steps.length > 60 ? "lines" : "lines+markers", x: curve.steps, y: smoothed(curve.values[what], weight),
+      line: { color: place ? CURVE_COLOURS[(place - 1) % CURVE_COLOURS.length] : ink("--accent") },
+      name: group, legendgroup: group, showlegend: isFirst, hovertemplate: `step %{x}: %{y:.4g}<extra>${name}</extra>`,
     });
   }
   at("curve").hidden = !traces.length;
@@ -329,6 +338,7 @@ function remember() {
   if (chosen !== null) kept.set("point", chosen);
   if (trainings.length) kept.set("trainings", trainings.map(short).join("."));
   if (at("curve-of").value !== "loss") kept.set("curve", at("curve-of").value);
+  if (at("curve-by").value !== "training") kept.set("by", at("curve-by").value);
   if (Number(at("smoothing").value)) kept.set("smoothing", at("smoothing").value);
   history.replaceState(null, "", `#${kept}`);
 }
@@ -338,6 +348,8 @@ function restore() {
   const keys = [...Object.keys(sections.trainings), ...Object.keys(sections.at_work[""] || {})];
   trainings = starts.map((start) => keys.find((key) => key.startsWith(start))).filter(Boolean);
   if ([...at("curve-of").options].some((option) => option.value === kept.get("curve"))) at("curve-of").value = kept.get("curve");
+  drawTrainings(); // lists the axes
+  if ([...at("curve-by").options].some((option) => option.value === kept.get("by"))) at("curve-by").value = kept.get("by");
   if (kept.get("smoothing")) at("smoothing").value = kept.get("smoothing");
   if (/^\d+$/.test(kept.get("point") || "")) choose(Number(kept.get("point")));
 }
@@ -374,7 +386,7 @@ function addListeners() {
     remember();
     drawCurves();
   });
-  for (const id of ["curve-of", "smoothing"]) at(id).addEventListener("input", () => { remember(); drawCurves(); });
+  for (const id of ["curve-of", "curve-by", "smoothing"]) at(id).addEventListener("input", () => { remember(); drawCurves(); });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { draw(null); drawCurves(); });
 }
 

@@ -32,12 +32,14 @@ from ebbline.analysis.results.measurements import is_defended
 from ebbline.analysis.results.picks.choices import chosen
 from ebbline.analysis.results.wording import (
     NO_RESULT,
+    axis_label,
     directed_label,
     metric_label,
     progress_label,
     reason_label,
     settings_label,
     status_label,
+    value_label,
 )
 from ebbline.cluster.schedule.pace import pace_sentence
 from ebbline.cluster.schedule.simulate import Span
@@ -281,7 +283,7 @@ class LivePage:
                 model: {name: _metric(metric) for name, metric in metrics.items()}
                 for model, metrics in before.items()
             },
-            "trainings": {key: {"label": label} for key, label in _trainings(results)},
+            "trainings": dict(_trainings(results)),
             "failed": {
                 "": {
                     "latest": [_failed(result) for result in results if result.status in NO_RESULT][
@@ -445,12 +447,27 @@ def _failed(result: Result) -> Row:
     }
 
 
-def _trainings(results: Iterable[Result]) -> Iterator[tuple[str, str]]:
-    """Key and label of each training; the label is that of the first point that uses it."""
+def _trainings(results: Iterable[Result]) -> Iterator[tuple[str, Row]]:
+    """Key, label and settings of each training; the label is of the first point that uses it."""
     yielded = set[str]()
     for result in results:
         for name, key in result.keys.items():
             parsed = StageName.parse(name)
             if parsed.part == "train" and key not in yielded:
                 yielded.add(key)
-                yield key, f"{training_of(result.point)} seed={parsed.seed} (point {result.number})"
+                training = training_of(result.point)
+                settings = {axis_label(axis): value_label(value) for axis, value in training.values}
+                yield (
+                    key,
+                    {
+                        "label": f"{training} seed={parsed.seed} (point {result.number})",
+                        "axes": {
+                            "model": training.model,
+                            **{
+                                axis_label(axis): value_label(value)
+                                for axis, value in training.values
+                            },
+                            "seed": str(parsed.seed),
+                        },
+                    },
+                )

@@ -301,7 +301,10 @@ def test_the_command_prints_what_is_comparable_and_the_comparisons(
 ) -> None:
     printed = compare("--to", tmp_path / "page.html")
     assert "two against one" in printed and "their settings are the same" in printed
-    assert "3 points have the same settings in both" in printed and "so larger with these adapters)" in printed
+    assert (
+        "3 points have the same settings in both" in printed
+        and "so larger with these adapters)" in printed
+    )
     assert (
         "task accuracy is higher at 2, not distinguishable at 1 of 3 points (paired, "
         "differences +0.0 to +15.0 points)" in printed
