@@ -461,13 +461,6 @@ def _trainings(results: Iterable[Result]) -> Iterator[tuple[str, Row]]:
                     key,
                     {
                         "label": f"{training} seed={parsed.seed} (point {result.number})",
-                        "axes": {
-                            "model": training.model,
-                            **{
-                                axis_label(axis): value_label(value)
-                                for axis, value in training.values
-                            },
-                            "seed": str(parsed.seed),
-                        },
+                        "axes": {"model": training.model, **settings, "seed": str(parsed.seed)},
                     },
                 )
