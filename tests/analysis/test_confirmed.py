@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ebbline.analysis.report.answer import answer
 from ebbline.analysis.report.short_answer import in_short
@@ -18,7 +20,9 @@ from ebbline.analysis.results.picks.floors import (
     Floor,
     Standing,
     adapter_standing,
+    bound,
     confirmed_bound,
+    fewest_prompts,
     pick,
     standing,
 )
@@ -48,6 +52,27 @@ def confirmed(
     return replace(
         point, confirmed=Confirmed("ebb.confirm", 0, among, adapters, {REFUSAL: found}, seeds)
     )
+
+
+@given(value=st.floats(0.5, 0.999), among=st.integers(1, 20), up=st.booleans())
+def test_the_fewest_prompts_are_those_whose_bound_just_meets_the_floor(
+    value: float, among: int, up: bool
+) -> None:
+    floor = Floor(REFUSAL, value) if up else Floor("over_refusal.over_refusal_rate", 1 - value)
+    needed = int(fewest_prompts(floor, among))
+    enough, fewer = (
+        floor.margin(bound(Metric(floor.metric, n if up else 0, n), among)) >= -1e-12
+        for n in (needed, max(1, needed - 1))
+    )
+    assert enough and (needed == 1 or not fewer)
+
+
+def test_a_floor_that_the_prompts_cannot_show_is_named() -> None:
+    few = confirmed(1.0, (1.0,) * 5, n=20)
+    adapter, setting = lines_of_confirmed(few, FLOOR)
+    assert adapter.endswith("20 prompts cannot show it, even if none fails: 29 are needed")
+    assert setting.endswith("even if none fails: 29 are needed")
+    assert not any("cannot show" in line for line in lines_of_confirmed(confirmed(n=29), FLOOR))
 
 
 def test_a_search_only_nominates() -> None:

@@ -4,6 +4,7 @@ Invariant: the claim about an adapter and the claim about a setting are worded a
 number always stands beside the number that chose the point.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from ebbline.analysis.results.picks.floors import (
     Standing,
     adapter_standing,
     confirmed_bound,
+    fewest_prompts,
     of_seed,
     standing,
 )
@@ -157,6 +159,7 @@ def lines_of_confirmed(result: Result, floors: Sequence[Floor]) -> Iterator[str]
                     f"this adapter (seed {seed}) {STANDS[stands]} {floor}: "
                     f"{measured(metric)} on other prompts, "
                     f"{_bound_words(result, floor, metric, 'adapter')}"
+                    f"{_too_few(floor, metric, confirmed.among * len(confirmed.adapters))}"
                 )
         if (metric := confirmed.setting.get(floor.metric)) is not None:
             alone = [floor.margin(value) >= 0 for value in metric.seeds]
@@ -165,7 +168,17 @@ def lines_of_confirmed(result: Result, floors: Sequence[Floor]) -> Iterator[str]
                 f"{setting_label(metric)} on other prompts and {len(alone)} fresh seeds, "
                 f"{_bound_words(result, floor, metric, 'setting')}; {sum(alone)} of {len(alone)} "
                 f"seeds meet it by themselves; {_shrinkage(result.metrics[floor.metric], metric)}"
+                f"{_too_few(floor, metric, confirmed.among)}"
             )
+
+
+def _too_few(floor: Floor, metric: Metric, among: int) -> str:
+    """Words on a floor that this number of prompts cannot show, whatever the answers; or empty."""
+    needed = fewest_prompts(floor, among)
+    if metric.items >= needed:
+        return ""
+    how = f"{needed:.0f} are needed" if math.isfinite(needed) else "none would be enough"
+    return f"; {metric.items:.0f} prompts cannot show it, even if none fails: {how}"
 
 
 def _bound_words(result: Result, floor: Floor, metric: Metric, claim: str) -> str:

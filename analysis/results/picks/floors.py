@@ -96,6 +96,18 @@ def floor_confidence(metric: Metric, floor: Floor, among: int = 1) -> float:
     return max(0.0, 1 - among * p)
 
 
+def fewest_prompts(floor: Floor, among: int = 1) -> float:
+    """The fewest prompts with which `bound` can meet the floor, when none of them fails.
+
+    It is the least n with (0.05 / among)^(1 / n) at or above the floor (Clopper and Pearson 1934),
+    and infinite for a floor of 100%.
+    """
+    least = floor.value if floor.up else 1 - floor.value
+    if not 0 < least < 1:
+        return 1 if least <= 0 else math.inf
+    return math.ceil(math.log((1 - CONFIDENCE) / among) / math.log(least) - _ROUNDING)
+
+
 def _bad_of(metric: Metric) -> tuple[int, int]:
     """The number of a seed's failed prompts, rounded up, and the number of its prompts."""
     n = max(1, math.floor(metric.items + _ROUNDING))
