@@ -44,6 +44,16 @@ TEXTS: dict[str, tuple[Content, str]] = {
     "set_tag": (study(objectives="!!set {a, b}"), "objectives"),
     "set_tag_on_text": ("study: !!set a\n", "no mapping"),
     "omap_tag": (study(models="!!omap [a: 1]"), "models"),
+    "octal": (
+        STUDY.replace("train.rank: [8]", "train.rank: [010]"),
+        "line 17: YAML does not read 010",
+    ),
+    "base_60": (STUDY.replace("steps: 200", "steps: 1:30"), "line 15: YAML does not read 1:30"),
+    "base_60_float": (STUDY.replace("5e-3", "1:30.5"), "line 15: YAML does not read 1:30.5"),
+    "merge_key": (
+        STUDY.replace("train: {", "train: {<<: {steps: 100}, "),
+        "line 15: merge keys (<<) are not read",
+    ),
     "undefined_alias": (STUDY + "x: *nothing\n", "line"),
     "recursive_alias": ("study: &a [*a]\n", "study.yaml"),
     "recursive_mapping": ("models: &m {7b: *m}\n", "study.yaml"),

@@ -1,9 +1,11 @@
 """YAML as plain values, strictly and within bounds, so that no file takes for ever or the whole
 memory. Each fault names the file and the line.
 
-A value that aliases repeat counts each time. A key is given once.
+A value that aliases repeat counts each time. A key is given once, and a number is written as it is
+read: YAML 1.1 takes `010` for 8 and `1:30` for 90.
 """
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ MOST_VALUES = 200_000
 DEEPEST = 50
 LONGEST_NUMBER = 100  # characters
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_MISLEADING = re.compile(r"[-+]?0[0-9_]*[0-9]|.*:.*")  # octal, and to the base of 60
+_MERGE = "tag:yaml.org,2002:merge"
 # What PyYAML raises for a value that does not fit its tag
 _UNFIT = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 
@@ -93,6 +97,14 @@ class _Bounded(yaml.SafeLoader):
             raise ConstructorError(
                 None, None, f"a number of over {LONGEST_NUMBER} digits", node.start_mark
             )
+        if node.tag in _NUMBERS and _MISLEADING.fullmatch(str(node.value)):
+            raise ConstructorError(
+                None,
+                None,
+                f"YAML does not read {node.value} as the number that it looks like; write it in "
+                "decimals without leading zeros, or a text in quotes",
+                node.start_mark,
+            )
         try:
             return super().construct_object(node, deep)
         except _UNFIT as error:
@@ -109,6 +121,13 @@ class _Bounded(yaml.SafeLoader):
             raise ConstructorError(None, None, "this is no mapping", node.start_mark)
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == _MERGE:
+                raise ConstructorError(
+                    None,
+                    None,
+                    "merge keys (<<) are not read; write the entries out, or alias a whole value",
+                    key_node.start_mark,
+                )
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise ConstructorError(
