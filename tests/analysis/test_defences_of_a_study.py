@@ -1,5 +1,6 @@
 """A small real study with two defences, their controls and a penalty, to its report."""
 
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,10 @@ def test_a_study_with_controls_says_first_how_its_defences_compare(view: StudyVi
     }
     paths = write_outputs(view, results)
     text = paths["report"].read_text("utf-8")
-    answer = text[text.index('id="answer"') :]
-    assert answer.index("At equal task accuracy Safe LoRA keeps") < 300
+    answer = unescape(text[text.index('id="answer"') :])
+    # Models of random weights answer nothing right: no usefulness at which to compare refusals
+    first = "At Safe LoRA's operating point against shrinking to the same length refusal rate is"
+    assert answer.index(first) < 300
     assert "shrinking to the same length" in answer
     assert "a defence did not measurably raise them" in answer and "<td>defended</td>" in answer
     assert "scale has no control" in text
