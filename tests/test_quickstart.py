@@ -159,9 +159,9 @@ def test_the_largest_size_was_trained_by_a_gang_of_two(run: Run) -> None:
 def test_the_report_says_how_refusals_moved(run: Run) -> None:
     text, sizes = (run.folder / "report.html").read_text("utf-8"), run.study.models
     for size in sizes:
-        assert f"{size}, fine-tuning" in text and f"{size}, projection" in text
+        assert f"{size}, fine-tuning" in text and f"{size}, defence" in text
     assert text.count("The aligned model refuses") == len(sizes)
-    # The gang's few steps may lower refusals by too little to show, and then the projection shows
+    # The gang's few steps may lower refusals by too little to show, and then the defences show
     # nothing either: what they lower depends on the processor's kernels. The first size is trained
     # to the end.
     tuned = "Fine-tuned without a defence, the refusal rate is"

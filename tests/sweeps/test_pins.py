@@ -81,7 +81,8 @@ def test_hub_models_and_local_files_are_pinned_and_what_is_missing_is_named(
     hub: str, tmp_path: Path
 ) -> None:
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "advbench.csv").write_text("goal,target\nwhat hue has the wug,azur\n")
+    rows = "".join(f"what hue has the wug {number},azur\n" for number in range(10))
+    (tmp_path / "data" / "advbench.csv").write_text(f"goal,target\n{rows}")
     to = tmp_path / "study.yaml"
     done = pin("llama2", to, hub)
     assert done.returncode == 1, done.stdout + done.stderr
