@@ -164,7 +164,8 @@ def test_the_report_says_how_refusals_moved(run: Run) -> None:
     # The gang's few steps may lower refusals by too little to show, and then the defences show
     # nothing either: what they lower depends on the processor's kernels. The first size is trained
     # to the end.
-    tuned = "Fine-tuned without a defence, the refusal rate is"
+    what = "a defence" if run.study.defences else "Safe LoRA"
+    tuned = f"Fine-tuned without {what}, the refusal rate is"
     assert text.count(tuned) == len(sizes) and f"{tuned} lower" in text
     against = "Against the same training without it, refusal rate is"
     assert text.count(against) == len(sizes) and f"{against} higher at" in text
@@ -187,7 +188,7 @@ def test_the_report_says_how_refusals_moved(run: Run) -> None:
     numbered = [alt for alt in page.alts if not alt.startswith("Gantt chart")]
     assert len(numbered) > 4 and all(re.search(r"\d", alt) for alt in numbered)
     assert re.search(
-        r"<p>Fine-tuning without a defence lowered .*\. With a defence a point of .* sizes? "
+        rf"<p>Fine-tuning without {what} lowered .*\. With {what} a point of .* sizes? "
         r"meets the refusal floor .*, as (a candidate: not|candidates: none) confirmed.*\.</p>",
         text,
     )
