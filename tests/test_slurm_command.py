@@ -66,10 +66,19 @@ def test_the_default_lead_is_before_any_time_limit_and_leaves_most_of_it(seconds
     assert 1 <= settings.lead <= max(1, min(300, seconds // 4))
 
 
+def test_a_time_without_quotes_is_an_error_that_names_file_and_line(tmp_path: Path) -> None:
+    """YAML reads it as 86400."""
+    path = tmp_path / "cluster.yaml"
+    path.write_text("slurm:\n  time: 24:00:00\n")
+    with pytest.raises(StudyError, match='line 2: .*write it in quotes, as "24:00:00"') as error:
+        read_profile(path)
+    assert str(path) in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("written_as", "message"),
     [
-        ("time: 24:00:00", 'write it in quotes, as "24:00:00"'),
+        ("time: 86400", 'write it in quotes, as "24:00:00"'),
         ("time: tomorrow", "is not a time limit"),
         ('time: "1:00"\n  lead_s: 60', "less than the time"),
         ("gpus_per_node: a100", "must be a number or TYPE:NUMBER"),

@@ -102,7 +102,7 @@ class _Bounded(yaml.SafeLoader):
                 None,
                 None,
                 f"YAML does not read {node.value} as the number that it looks like; write it in "
-                "decimals without leading zeros, or a text in quotes",
+                f'quotes, as "{node.value}", or a number in decimals without leading zeros',
                 node.start_mark,
             )
         try:
