@@ -6,7 +6,7 @@ from ebbline.analysis.paper.origins import described
 from ebbline.analysis.paper.used_values import is_varied, listed, used_values, value_of
 from ebbline.analysis.report.provenance import Provenance
 from ebbline.analysis.results.wording import value_label
-from ebbline.sweeps.study.points import Result, brought, defence_of
+from ebbline.sweeps.study.points import Result, Value, brought, defence_of
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.defence import Defence
 from ebbline.tasks.defences.safe_lora import SAFE_LORA
@@ -22,7 +22,7 @@ def before_and_during(study: Study, results: Sequence[Result]) -> Iterator[str]:
     """Sentences on LoX, penalties and moving averages, where a point's training has them."""
     trained = [result for result in results if brought(result.point) is None]
 
-    def values(axis: str, among: Sequence[Result] = trained) -> list[object]:
+    def values(axis: str, among: Sequence[Result] = trained) -> list[Value]:
         return sorted({value_of(study, result, axis) for result in among})
 
     factors = values("lox.factor")
@@ -50,8 +50,8 @@ def before_and_during(study: Study, results: Sequence[Result]) -> Iterator[str]:
         )
 
 
-def _or(values: Sequence[object]) -> str:
-    return listed([value_label(value) for value in values], "or")  # type: ignore[arg-type]
+def _or(values: Sequence[Value]) -> str:
+    return listed([value_label(value) for value in values], "or")
 
 
 def defending(study: Study, results: Sequence[Result], provenance: Provenance) -> Iterator[str]:

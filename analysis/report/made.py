@@ -127,6 +127,8 @@ def _points(results: Sequence[Result]) -> str:
     found = hashlib.sha256()
     for each in results:
         found.update(repr(each).encode())
+        # A metric's own text leaves out the undecided samples of each seed
+        found.update(repr([metric.seeds_undecided for metric in each.metrics.values()]).encode())
         # The costs' own text leaves out where their stages ran
         found.update(repr([cost.origin for cost in each.costs.values()]).encode())
     return found.hexdigest()

@@ -17,7 +17,7 @@ from ebbline.tasks.specs import EvaluateSpec, GenerateSpec
 
 def adapter_notes(view: StudyView, results: Sequence[Result]) -> list[str]:
     """A sentence for each finding, with the points that it concerns. Of many points, those of the
-    shortlist are read. A defence may make an update zero, so its points say nothing of that.
+    shortlist are read. A defence may make an update zero, so defended points are left out.
     """
     points: dict[str, dict[int, None]] = defaultdict(dict)
     for result in shortlist(results, view.study.objectives):

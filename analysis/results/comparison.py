@@ -64,7 +64,7 @@ class Volumes:
     resampled together. The interval is None where samples are missing. `points` counts the
     different points behind each: a frontier of more noisy points reaches further, so unequal counts
     support no verdict. `over_seeds` is the difference of the frontiers that each training seed
-    gives, None with too few seeds: the bootstrap over prompts knows nothing of other trainings.
+    gives, None with too few seeds: the bootstrap over prompts does not include it.
     """
 
     before: float

@@ -238,9 +238,9 @@ def cost_columns(results: Sequence[Result], profile: Profile) -> dict[str, list[
 class GrowthStep:
     """The state of a study after `finished` points, the last of which is point `number`.
 
-    `hours` are the hours in which jobs ran, summed over the runs. A frontier of noisy values grows
-    for ever, so growth is read from `corrected`: the hypervolume of the values of these points,
-    taken towards their mean as `search.stop` does (ebbline.sweeps.state.stopping).
+    `hours` are the hours in which jobs ran, summed over the runs. The hypervolume of noisy values
+    keeps growing. `corrected` is that of the values moved towards their mean, as `search.stop`
+    does (ebbline.sweeps.state.stopping).
     """
 
     finished: int

@@ -35,7 +35,7 @@ _ENDS: dict[End, str] = {
 
 @dataclass(frozen=True)
 class Alert:
-    """`events` names what it tells; no event is told twice."""
+    """A message on `events`. An event is in one alert only."""
 
     events: tuple[str, ...]
     title: str

@@ -19,7 +19,8 @@ from typing import Any
 import psutil
 import ray
 
-# The only place where `ray.init` can be told. A Ray that starts them elsewhere starts them all.
+# `ray.init` has no setting for these processes, so the methods that start them are replaced. If a
+# later Ray starts them by other methods, they run again, and a test fails.
 from ray._private.node import Node
 
 from ebbline.tasks.errors import ClusterLost

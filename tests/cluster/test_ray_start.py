@@ -15,7 +15,8 @@ def test_a_local_cluster_that_does_not_start_is_lost_and_the_same_command_contin
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fails(**settings: object) -> None:
-        raise Exception("The node timed out during startup. This could have reasons")  # noqa: TRY002  # as Ray does
+        # as Ray does
+        raise Exception("The node timed out during startup. It may be slow")  # noqa: TRY002
 
     monkeypatch.setattr(ray, "init", fails)
     with pytest.raises(ClusterLost, match=r"\(The node timed out during startup\); run the same"):

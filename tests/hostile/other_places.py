@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,18 +148,18 @@ def full_disks(folder: Path) -> dict[str, list[str]]:
                 shutil.copytree(template, work)
                 free = shutil.disk_usage(disk).free - room
                 (disk / FILLER).write_bytes(b"x" * max(0, free))
-                code = in_child(lambda work=work, operation=operation: operate(operation, work))  # type: ignore[misc]
-                lost = in_child(lambda work=work: faults(work))  # type: ignore[misc]
+                code = in_child(partial(operate, operation, work))
+                lost = in_child(partial(faults, work))
                 wrong += lost if isinstance(lost, list) else [lost]
-                if code == 0 and not in_child(lambda w=work, o=operation: effect(o, w)):  # type: ignore[misc]
+                if code == 0 and not in_child(partial(effect, operation, work)):
                     wrong.append("no error was reported, and nothing was done")
                 if code not in (0, 1):
                     wrong.append(str(code))
                 wrong += [f"{p} stays" for p in work.rglob("*") if is_unfinished(p.name)]
                 (disk / FILLER).unlink()
                 if code == 1 and (
-                    in_child(lambda work=work, operation=operation: operate(operation, work))  # type: ignore[misc]
-                    or not in_child(lambda w=work, o=operation: effect(o, w))  # type: ignore[misc]
+                    in_child(partial(operate, operation, work))
+                    or not in_child(partial(effect, operation, work))
                 ):
                     wrong.append("with room, the same operation fails")
             results[f"full disk, {room} bytes free, {operation}"] = wrong
@@ -173,12 +174,12 @@ def full_homes(folder: Path, home: Path) -> dict[str, list[str]]:
             shutil.copytree(home, disk, dirs_exist_ok=True)
             before = contents(disk / "home" / "store")
             (disk / FILLER).write_bytes(b"x" * shutil.disk_usage(disk).free)
-            wrong = wrong_with(in_child(lambda c=command: invoked(c, disk, None)))  # type: ignore[misc]
+            wrong = wrong_with(in_child(partial(invoked, command, disk, None)))
             after = contents(disk / "home" / "store")
             if "gc" not in command and not before.items() <= after.items():
                 wrong.append("the store lost something")
             (disk / FILLER).unlink()
-            code, said, fault = in_child(lambda c=command: invoked(c, disk, None))  # type: ignore[misc]
+            code, said, fault = in_child(partial(invoked, command, disk, None))
             if code == 1 and not command.startswith("pick"):  # no setting holds in so small a study
                 wrong.append(f"with room: {said[-300:]} {fault}")
         results[f"full disk, {command}"] = wrong
@@ -191,7 +192,7 @@ def read_only_homes(folder: Path, home: Path) -> dict[str, list[str]]:
         subprocess.run(["mount", "-o", "remount,ro,bind", str(place)], check=True)
         before = contents(place)
         for command in COMMANDS:
-            wrong = wrong_with(in_child(lambda c=command: invoked(c, place, None)))  # type: ignore[misc]
+            wrong = wrong_with(in_child(partial(invoked, command, place, None)))
             if contents(place) != before:
                 wrong.append("something changed")
             results[f"read-only disk, {command}"] = wrong

@@ -1,7 +1,9 @@
 """One prompt file in two sides: what the search asks, and what is held out for a confirmation."""
 
 import random
+import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -17,6 +19,7 @@ from tests.tiny import write_lines
 
 ROWS = st.lists(st.tuples(st.text(max_size=6), st.sampled_from("abc")), max_size=40)
 SHARES = st.floats(0.01, 0.99)
+Form = Literal["NFC", "NFD"]
 
 
 def sides(rows: list[tuple[str, str]], share: float) -> tuple[list[int], list[int]]:
@@ -40,6 +43,25 @@ def test_the_sides_are_disjoint_whole_and_the_same_for_a_shuffled_file(
     rng.shuffle(order)
     _, again = sides([rows[place] for place in order], share)
     assert sorted(order[place] for place in again) == confirm
+
+
+@given(st.text(max_size=20), st.sampled_from(("NFC", "NFD")))
+def test_the_unicode_form_of_a_text_does_not_decide_its_side(text: str, form: Form) -> None:
+    assert folded(unicodedata.normalize(form, text)) == folded(text) == folded(folded(text))
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        "Don\u2019t say \u201ccafe\u0301\u201d \u2013 why\u2026",  # typographic signs, decomposed
+        'don\'t  say\u00a0"caf\u00e9" - why...',
+        'do\u200bn\'t say "CAF\u00c9" - why...\ufeff',
+    ],
+)
+def test_a_prompt_that_a_program_has_saved_again_is_the_same(saved: str) -> None:
+    """A spreadsheet's copy of a search prompt would confirm what that prompt chose."""
+    assert folded(saved) == folded('Don\'t say "caf\u00e9" - why...')
+    assert folded("3 - 4") != folded("3 + 4") and folded("5\u00b2") != folded("52")
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), SHARES)

@@ -3,7 +3,7 @@
 The frontier of a set says how many refusals can be kept with at least some usefulness. With
 R(u) = max {refusal rate : usefulness >= u} over the adapters of a set, an advantage is the mean
 difference of two such R over all u that both sets reach. So it reads as points of refusal rate at
-equal usefulness, and says nothing of usefulness that only one set reaches.
+equal usefulness. Usefulness that only one set reaches is left out.
 
 Invariants: both sets have equally many distinct adapters of each training, because the best of many
 noisy adapters looks better than the best of few. Where one set has more, the mean over its subsets

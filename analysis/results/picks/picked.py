@@ -91,8 +91,8 @@ def weak_categories(
 
 
 def missed_by(nearest: Pick, confidence: float | None) -> str:
-    """`short by 1.0 points of refusal rate at least 99.0%`, with each floor that it misses, and
-    those that only its confirmed values miss.
+    """`short by 1.0 points of refusal rate at least 99.0%`, with each floor that its values miss.
+    Floors that its confirmed values alone miss come last.
     """
     missed = [
         (floor, slack(nearest.result, [floor], nearest.among, confidence))

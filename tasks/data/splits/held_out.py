@@ -4,6 +4,7 @@ Invariant: the split is a function of the texts and categories alone. The order 
 their ids are irrelevant. Prompts that a confirmation counts as equal are on one side.
 """
 
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from fractions import Fraction
@@ -11,10 +12,21 @@ from hashlib import sha256
 
 from ebbline.tasks.specs import Split
 
+# What Excel and word processors put in place of what a person types
+_TYPED = {
+    ord(written): typed
+    for written, typed in zip("\u2018\u2019\u201c\u201d\u2013\u2014", "''\"\"--", strict=True)
+} | {ord("\u2026"): "..."}
+
 
 def folded(text: str) -> str:
-    """A text without case and with single spaces: two prompts with equal ones count as one."""
-    return " ".join(text.lower().split())
+    """A text without what programs change in it as they save it: case, spaces, typographic quotes,
+    dashes and ellipses, the Unicode form of a letter with an accent (NFD), and characters without a
+    width. Two prompts with equal ones count as one.
+    """
+    typed = unicodedata.normalize("NFD", text).translate(_TYPED).casefold()
+    visible = "".join(each for each in typed if unicodedata.category(each) != "Cf")
+    return " ".join(unicodedata.normalize("NFD", visible).split())
 
 
 def chosen(texts: Sequence[str], categories: Sequence[str], split: Split) -> list[int]:
