@@ -45,6 +45,7 @@ from ebbline.tasks.measuring.lm_tasks.definitions import (
     WRITTEN,
     use_sandbox,
 )
+from ebbline.tasks.measuring.lm_tasks.instructions import require_arguments
 from ebbline.tasks.measuring.lm_tasks.prefix_model import PrefixLM
 from ebbline.tasks.measuring.lm_tasks.rows_cache import fingerprint, rows_cached
 from ebbline.tasks.measuring.lm_tasks.sources import tasks_of
@@ -231,6 +232,8 @@ def _task(
             f"{type(error).__name__}: {reason}"
         ) from error
     _require_labels(name, task)
+    if set(LISTS) & set(task.aggregation()):
+        require_arguments(name, [request.doc for request in task.instances])
     return task
 
 
@@ -297,7 +300,7 @@ def answer(prepared: Prepared, lm: PrefixLM, ctx: Context) -> None:
 def item_rows(prepared: Prepared) -> list[dict[str, Any]]:
     """A row for each item: its id, its task, lm-eval's metrics and the choices' likelihoods."""
     rows = []
-    random.seed(DEFAULT_RANDOM_SEED)  # IFEval draws the parts of an instruction that a row lacks
+    random.seed(DEFAULT_RANDOM_SEED)  # lm-eval's checks of instructions may draw
     for name, task in prepared.tasks.items():
         task.apply_filters()
         requests: dict[int, list[Any]] = {}

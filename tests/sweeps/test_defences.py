@@ -304,6 +304,7 @@ def test_a_study_that_names_defences_is_compared_with_one_that_has_safe_lora_alo
     assert pairs == [(0, 0), (1, 1)]
 
 
+@pytest.mark.slow
 def test_a_run_of_four_defences_at_ten_settings_trains_once(tmp_path, home):
     axes = {"axes": {"train.rank": [2]}, "defences": FOUR}
     found = small(tmp_path, **axes, controls=False)

@@ -875,6 +875,29 @@ def test_ifeval_is_written_by_the_model_and_checked_by_lm_eval(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("asked", "given", "message"),
+    [
+        (["length_constraints:number_words"], [{"relation": "at least"}], r"needs .*num_words"),
+        (
+            ["keywords:letter_frequency"],
+            [{"letter": "t", "let_relation": "less than", "let_frequency": 0}],
+            "none of them 0",
+        ),
+        (["punctuation:no_comma"], [{"num_words": 3}], r"has \['num_words'\]"),
+        (["punctuation:no_commas"], [{}], "which is none"),
+        (["punctuation:no_comma"], [], "1 instructions and arguments for 0"),
+    ],
+)
+def test_an_instruction_that_lm_eval_would_check_at_random_is_an_error(
+    sentences, asked, given, message
+):
+    row = {"key": 7, "prompt": "", "instruction_id_list": asked, "kwargs": given}
+    with pytest.raises(EvaluationError, match=rf"row 7 of lm-eval's ifeval.*{message}"):
+        checks.require_arguments("ifeval", [row])
+
+
+@pytest.mark.slow
 def test_ifeval_without_its_packages_or_data_is_an_error(tmp_path, monkeypatch, no_network):
     import nltk
 
