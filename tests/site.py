@@ -125,7 +125,8 @@ def lost_readme_links(site: Path) -> Iterator[str]:
             built = site / Path(parts.path).with_suffix(".html").name
             fault = (
                 f"{link} is no anchor"
-                if parts.fragment and parts.fragment not in page(built).anchors
+                if parts.fragment
+                and not (built.is_file() and parts.fragment in page(built).anchors)
                 else None
             )
         if fault:

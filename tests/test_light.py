@@ -105,6 +105,7 @@ def test_a_command_without_a_study_needs_no_package_of_the_extra(light: typer.Ty
         assert (COMMAND in done.output) == (name == "rescore"), (name, done.output)
 
 
+@pytest.mark.slow
 def test_every_other_command_names_the_command_that_installs_what_is_missing(
     light: typer.Typer,
 ) -> None:
