@@ -88,6 +88,7 @@ def test_a_mirror_after_a_killed_one_shows_no_point_twice(
     assert rows[-1][0] > 3 * STEPS_A_POINT - 1
 
 
+@pytest.mark.slow
 def test_tables_stay_within_bounds_at_ten_thousand_points(study: Study) -> None:
     """By count: rows, columns, and how often the charts are drawn until then."""
     values, one = {"train.rank": 8, "data.size": 100, "apply.threshold": None}, result(0)

@@ -13,6 +13,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ COMMANDS = (
     *("store gc", "store gc --older-than-h 0 --yes", "store du", "store verify", "ls"),
     *("study rm tiny --yes", "study rename tiny other"),
 )
+LEAVES_S = 10
 KEEPS = ("study rm", "study rename")  # not given to a home that may be changed
 
 
@@ -122,7 +124,12 @@ def mounted(place: Path, *options: str) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        # A second process of `report` may end a moment after the command
+        until = time.monotonic() + LEAVES_S
+        while subprocess.run(["umount", str(place)], capture_output=True).returncode:
+            if time.monotonic() > until:
+                raise AssertionError(f"a process still uses {place} after {LEAVES_S} s")
+            time.sleep(0.1)
 
 
 def full_disks(folder: Path) -> dict[str, list[str]]:
